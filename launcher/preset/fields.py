@@ -1,0 +1,70 @@
+"""Field types that the schemas share: patterns that keep shell, newlines and control characters out, durations, sizes."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
+
+
+class Frozen(BaseModel):
+    """Base of every schema: unknown keys are errors, values are never written into, ill-typed values are not coerced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""Names of presets, hardware, sites, stacks, partitions, accounts: letters, digits, ``.``, ``_``, ``-``; at most 64."""
+
+Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9@%+=:,./|&*\[\]_-]{0,254}$")]
+"""One argument for a Slurm option: constraints, node lists, mail addresses. No space, quote, ``$`` or control character."""
+
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]*$", max_length=4096)]
+"""Free text on one line: no control characters, line separators or direction marks."""
+
+EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+_DURATION = re.compile(
+    r"^(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]?\d)(?::(?P<seconds>[0-5]?\d))?$|^(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[smhd])$"
+)
+
+
+def duration_min(value: Any) -> Any:
+    """Minutes from ``48h``, ``90m``, ``2d``, ``1-12:00:00`` or ``24:00:00`` (Slurm's days-hours:minutes:seconds), rounded up.
+
+    A bare number is refused: nobody agrees on its unit. Errors: ValueError.
+    """
+    if not isinstance(value, str):
+        raise ValueError("write a duration with its unit, in quotes where it has colons: 48h, 90m, '1-12:00:00'")
+    match = _DURATION.match(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a duration: write 48h, 90m, 2d or 'days-hours:minutes:seconds'")
+    if match["unit"]:
+        seconds = float(match["number"]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match["unit"]]
+    else:
+        parts = {name: int(match[name] or 0) for name in ("days", "hours", "minutes", "seconds")}
+        seconds = ((parts["days"] * 24 + parts["hours"]) * 60 + parts["minutes"]) * 60 + parts["seconds"]
+    if seconds <= 0:
+        raise ValueError("a duration must be above zero")
+    return int(-(-seconds // 60))
+
+
+def slurm_time(minutes: int) -> str:
+    """``D-HH:MM:00`` as sbatch takes it."""
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}-{hours:02d}:{minutes:02d}:00"
+
+
+def duration_text(minutes: int) -> str:
+    """Minutes as this schema reads them back: ``48h``, ``90m``."""
+    return f"{minutes // 60}h" if minutes % 60 == 0 else f"{minutes}m"
+
+
+def _keep_duration(value: Any) -> Any:
+    return duration_text(duration_min(value))
+
+
+Duration = Annotated[str, BeforeValidator(_keep_duration)]
+"""A duration above zero, kept as text with its unit; ``duration_min`` gives minutes."""

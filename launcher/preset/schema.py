@@ -1,0 +1,204 @@
+"""The Preset: what a researcher writes. Frozen, validated at the edge; unknown keys are errors."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from launcher.preset.fields import Duration, Frozen, Name, Text, Word, duration_min
+
+Attention = Literal["auto", "eager", "sdpa", "flash2", "flash3", "xformers", "flex"]
+Parallelism = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "device_map"]
+Packing = Literal["none", "flatten", "documents", "concatenate"]
+Dtype = Literal["fp32", "bf16", "bf16_pure", "fp16"]
+
+RepoName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=96)]
+"""A repository on the hub: ``bigcode/starcoder2-15b``."""
+
+Every = Annotated[str, StringConstraints(pattern=r"^(epoch|never|[1-9][0-9]*|[1-9][0-9]?(\.[0-9]+)?%|100%)$")]
+"""``epoch``, ``never``, a number of optimizer steps, or a share of all steps: ``8%``."""
+
+
+class Model(Frozen):
+    name: RepoName | None = None
+    """Repository on the hub, fetched when staging. Exactly one of name, path and config is given."""
+    revision: Word = "main"
+    """Branch, tag or commit; resolved to a commit when staging and recorded."""
+    path: Text | None = None
+    """Folder with config.json, weights and tokenizer."""
+    config: dict[str, Any] | None = None
+    """Arguments of the transformers config, ``model_type`` first, for a randomly initialised model."""
+    tokenizer: Literal["model", "train"] = "model"
+    """``train``: a byte-level BPE of ``config.vocab_size`` entries is trained on the data when staging (only with ``config``)."""
+    trust_remote_code: Literal[False] = False
+    """Never: code that a repository brings is not run."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Model:
+        if sum(value is not None for value in (self.name, self.path, self.config)) != 1:
+            raise ValueError("give exactly one of name, path and config")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs model_type, e.g. starcoder2, gpt_bigcode, llama")
+        if (self.tokenizer == "train") != (self.config is not None):
+            raise ValueError("tokenizer: train belongs to config, and config needs it")
+        return self
+
+
+class Data(Frozen):
+    name: RepoName | None = None
+    """Data set on the hub. Exactly one of name and path is given."""
+    revision: Word = "main"
+    subset: Word | None = None
+    """The data set's configuration name."""
+    path: Text | None = None
+    """A JSONL or Parquet file, a folder of such files, or a folder of source files. ``stdlib``: the Python sources of the
+    standard library of the interpreter that stages (data that is at hand everywhere, for tests and demos)."""
+    glob: Text = "**/*.py"
+    """Which files of a folder of source files are samples."""
+    text_column: Word = "content"
+    packing: Packing = "none"
+    """none: pad to the sequence length. flatten: the same samples, no pads computed. documents: packed, borders kept.
+    concatenate: packed with EOS between documents, borders ignored."""
+    num_samples: Annotated[int, Field(gt=0)] | None = None
+    """Samples taken (the first ones after a seeded shuffle) before the evaluation share is split off; default all."""
+    eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the samples that is held out when the data set has no split of the name ``evaluation.split``."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if (self.name is None) == (self.path is None):
+            raise ValueError("give exactly one of name and path")
+        return self
+
+
+class Training(Frozen):
+    sequence_length: Annotated[int, Field(gt=1)]
+    """Tokens of one sample at most; longer documents are cut (none, flatten) or spread over blocks (concatenate)."""
+    epochs: Annotated[float, Field(gt=0)] = 1
+    """Passes over the training samples; a fraction ends in the middle of one."""
+    effective_batch: Annotated[int, Field(gt=0)]
+    """Samples of one optimizer step, over all ranks and micro steps."""
+    micro_batch: Annotated[int, Field(gt=0)] = 1
+    """Samples that a rank holds at once at most."""
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """After the warm-up: linear to zero, cosine to zero, or constant."""
+    warmup: Annotated[float, Field(ge=0)] = 0
+    """Optimizer steps when 1 or more, a share of all steps when below 1."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are clipped to this 2-norm; 0 clips nothing (the norm is still recorded)."""
+    dtype: Dtype = "bf16"
+    """fp32; bf16: fp32 master weights, bf16 compute; bf16_pure: weights in bf16; fp16: fp32 weights, fp16 compute, loss scaling."""
+    tf32: bool = False
+    """Let fp32 matrix products use TF32 tensor cores."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: every decoder layer is computed again in the backward pass."""
+    seed: int = 42
+
+    @model_validator(mode="after")
+    def _warmup_steps(self) -> Training:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError("warmup: a whole number of steps, or a share below 1")
+        return self
+
+
+class Lora(Frozen):
+    kind: Literal["lora"]
+    rank: Annotated[int, Field(gt=0)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[Word] | None = None
+    """Names of the linear layers that get an adapter; default by architecture."""
+
+
+class Evaluation(Frozen):
+    every: Every = "never"
+    """When the evaluation loss is computed: epoch, steps, a share of all steps, or never. The last step is always included unless never."""
+    split: Word = "valid"
+    """Split of the data set; where it is missing, ``data.eval_share`` of the samples is held out."""
+    micro_batch: Annotated[int, Field(gt=0)] = 1
+
+
+class Checkpoint(Frozen):
+    every: Every = "epoch"
+    """Regular checkpoints: epoch, steps or a share; stops and the end are always saved."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Timed checkpoints beside the regular ones."""
+    keep: Annotated[int, Field(ge=1)] = 3
+    """Timed and step checkpoints kept (never fewer than 2 checkpoints in all)."""
+    keep_epochs: Annotated[int, Field(ge=1)] | None = None
+    """Epoch checkpoints kept; default all."""
+
+
+class Slurm(Frozen):
+    account: Name | None = None
+    partition: Word | None = None
+    qos: Name | None = None
+    time: Duration | None = None
+    """Walltime of one life. Default: what the run needs, at most the partition's limit."""
+    constraint: Word | None = None
+    reservation: Name | None = None
+    exclude: Word | None = None
+    mail: Word | None = None
+    """Address that Slurm writes to at the end and on failure."""
+
+
+class Limits(Frozen):
+    max_lives: Annotated[int, Field(gt=0)] = 20
+    """Automatic continuation stops after so many lives."""
+    max_gpu_hours: Annotated[float, Field(gt=0)] | None = None
+
+
+class OwnImage(Frozen):
+    image: Text
+    """An Apptainer image that the user brings; verified against nothing but that it can train."""
+
+
+class Preset(Frozen):
+    name: Name
+    description: Text = ""
+    model: Model
+    data: Data
+    training: Training
+    attention: Attention = "auto"
+    adapter: Literal["none"] | Lora = "none"
+    parallelism: Parallelism = "ddp"
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    hardware: Name
+    """Name of a file in presets/hardware."""
+    nodes: Annotated[int, Field(gt=0)] = 1
+    gpus: Annotated[int, Field(ge=0)]
+    """Per node; 0 on CPU."""
+    ranks_per_node: Annotated[int, Field(gt=0)] | None = None
+    """Processes per node. Default: gpus, else 1; 1 with device_map."""
+    cpus_per_node: Annotated[int, Field(gt=0)] | None = None
+    """CPUs asked of the scheduler. Default: the hardware's share that the GPUs stand for."""
+    memory_per_node_gib: Annotated[int, Field(gt=0)] | None = None
+    """RAM asked of the scheduler. Default: the hardware's share that the GPUs stand for."""
+    threads_per_rank: Annotated[int, Field(gt=0)] | None = None
+    """Threads of a rank's CPU arithmetic. Default: its CPUs, at most 8."""
+    stack: Name | OwnImage
+    site: Name | None = None
+    """Shipped presets name none: ``--site``, the environment or the user's configuration choose."""
+    slurm: Slurm = Slurm()
+    limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Preset:
+        if self.parallelism == "single" and self.nodes * (self.ranks_per_node or max(self.gpus, 1)) != 1:
+            raise ValueError("parallelism: single is one process; use ddp, or nodes: 1 and gpus: 1")
+        if self.parallelism == "device_map" and (self.nodes != 1 or (self.ranks_per_node or 1) != 1):
+            raise ValueError("parallelism: device_map is one process on one node")
+        return self
+
+
+def time_min(preset: Preset) -> int | None:
+    """The walltime that the user typed, minutes."""
+    return None if preset.slurm.time is None else int(duration_min(preset.slurm.time))

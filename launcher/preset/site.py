@@ -1,0 +1,108 @@
+"""The Site: a cluster (or this machine) as data. ``presets/sites/<name>.yaml``. Code branches on these fields, never on names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from launcher.preset.fields import Duration, EnvName, Frozen, Name, Text, Word
+
+
+class SiteContainer(Frozen):
+    use: Literal["apptainer", "none"] = "apptainer"
+    command: Text = "apptainer"
+    """Name or path: ``apptainer``, ``singularity``, ``/opt/apptainer/bin/apptainer``."""
+    module: Word | None = None
+    """Module that brings the command."""
+    mount: Literal["auto", "file", "unpack"] = "auto"
+    """How a node uses the image. file: directly (setuid Apptainer, kernel mount). unpack: to a folder on node disk first.
+    auto: unpack where the mount would be a FUSE process inside the job step, which dies of the stop signal."""
+    binds: list[Text] = []
+    """``source[:target[:options]]``."""
+    env: dict[EnvName, Text] = {}
+
+
+class Partition(Frozen):
+    max_time: Duration | None = None
+    max_nodes: Annotated[int, Field(gt=0)] | None = None
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    gpu: Name | None = None
+    """Our name of the GPU kind."""
+    preemptible: bool = False
+    grace_s: Annotated[int, Field(ge=0)] | None = None
+    """Seconds between the notice of a preemption and the kill."""
+    internet: bool | None = None
+    """Whether its nodes reach the Internet; none when unknown (taken as no)."""
+
+
+class Work(Frozen):
+    """Where building or staging happens."""
+
+    on: Literal["here", "slurm", "elsewhere"] = "here"
+    partition: Name | None = None
+
+
+class Network(Frozen):
+    ifname: Word | None = None
+    """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME."""
+    host_suffix: Word | None = None
+    env: dict[EnvName, Text] = {}
+    binds: list[Text] = []
+
+
+class Mirrors(Frozen):
+    """Where a build takes its packages from; default: what pip and apt of the building machine are configured with."""
+
+    debian: Text | None = None
+    pip_index: Text | None = None
+    pip_extra_indexes: list[Text] = []
+    pip_find_links: Text | None = None
+    ca_bundle: Text | None = None
+
+
+class Site(Frozen):
+    name: Name
+    description: Text = ""
+    source: Text
+    """Where the facts come from, and their date."""
+    scheduler: Literal["none", "slurm"]
+    """none: this machine."""
+    container: SiteContainer = SiteContainer()
+    gpu_request: Literal["gres", "gpus_per_node", "gpus", "none"] = "gres"
+    """gres: ``--gres=gpu[:type]:n``."""
+    gpu_type: Word | None = None
+    """The type in the request; ``none`` here means untyped unless ``gpu_typed``."""
+    gpu_typed: bool = False
+    """Write the hardware's ``gres_type`` into the request."""
+    memory: Literal["mem", "per_cpu", "per_gpu", "none"] = "mem"
+    whole_nodes: bool = False
+    """Nodes are given whole: CPUs and memory are not asked for."""
+    cpus_per_gpu: Annotated[int, Field(gt=0)] | None = None
+    memory_per_gpu_gib: Annotated[int, Field(gt=0)] | None = None
+    partitions: dict[Word, Partition] = {}
+    default_partition: Word | None = None
+    """Written into the batch script when the user names none; none: the scheduler's own default."""
+    account: Literal["required", "optional"] = "optional"
+    default_account: Name | None = None
+    default_qos: Name | None = None
+    continuation: Literal["requeue", "resubmit", "manual"] = "requeue"
+    """After a stop: ``scontrol requeue`` (a follow-up job where it is refused), a follow-up job at once, or nothing."""
+    signal: Literal["batch", "steps"] = "batch"
+    """Who gets the notice before the time limit: ``--signal=B:USR2@…`` or ``--signal=USR2@…``."""
+    signal_lead_s: Annotated[int, Field(gt=0)] = 120
+    build: Work = Work()
+    stage: Work = Work()
+    local_disk: list[Text] = ["$LOCAL_SCRATCH", "$SLURM_TMPDIR", "$TMPDIR", "/tmp"]
+    """Folders on the node, first usable one wins."""
+    local_disk_request: Word | None = None
+    """Added to the GRES request: ``nvme:200``."""
+    runs: Text | None = None
+    images: Text | None = None
+    data: Text | None = None
+    cache: Text | None = None
+    modules: list[Word] = []
+    """Loaded in the batch script, never purged."""
+    network: Network = Network()
+    mirrors: Mirrors = Mirrors()
+    submit_limit: Annotated[int, Field(gt=0)] | None = None
