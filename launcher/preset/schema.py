@@ -57,6 +57,8 @@ class Data(Frozen):
     glob: Text = "**/*.py"
     """Which files of a folder of source files are samples."""
     text_column: Word = "content"
+    append_eos: bool = True
+    """Put the tokenizer's EOS after each document that is not cut, so that the model learns to stop."""
     packing: Packing = "none"
     """none: pad to the sequence length. flatten: the same samples, no pads computed. documents: packed, borders kept.
     concatenate: packed with EOS between documents, borders ignored."""
