@@ -1,0 +1,44 @@
+# make demo   one small model, trained on this machine: no Slurm, no container, about 5 minutes
+# make test   everything that can be tested here; the Slurm and Apptainer part needs `make hpc-up` (root, Debian) first
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test lint golden hpc-up hpc-down test-source-stack test-image-cuda clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/ftlaunch submit presets/tiny.yaml --new --follow
+
+test: lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+golden: $(INSTALLED)  ## write the golden files anew; read the diff before committing it
+	$(VENV)/bin/python -m tests.golden
+
+hpc-up:
+	tests/hpc/up
+
+hpc-down:
+	tests/hpc/down
+
+test-source-stack:  ## the training tests on the source's pins: torch 2.3.0, transformers 4.41.1 (5 GB, about 5 minutes to install)
+	$(PYTHON) -m venv $(VENV)-source
+	$(VENV)-source/bin/pip install -q -r tests/train/source-stack.txt
+	PYTHONPATH=. $(VENV)-source/bin/python -m pytest -c tests/train/source-stack.ini tests/train -m source_stack
+
+test-image-cuda: $(INSTALLED)  ## build torch2.3-cu121 for real (3.2 GB, about 12 minutes); needs `make hpc-up`
+	$(VENV)/bin/python -m pytest -m image_cuda
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[train,report,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-source build dist
