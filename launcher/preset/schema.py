@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
 from launcher.preset.fields import Duration, Frozen, Name, Text, Word, duration_min
 
@@ -16,7 +16,11 @@ Dtype = Literal["fp32", "bf16", "bf16_pure", "fp16"]
 RepoName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=96)]
 """A repository on the hub: ``bigcode/starcoder2-15b``."""
 
-Every = Annotated[str, StringConstraints(pattern=r"^(epoch|never|[1-9][0-9]*|[1-9][0-9]?(\.[0-9]+)?%|100%)$")]
+Every = Annotated[
+    str,
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    StringConstraints(pattern=r"^(epoch|never|[1-9][0-9]*|[1-9][0-9]?(\.[0-9]+)?%|100%)$"),
+]
 """``epoch``, ``never``, a number of optimizer steps, or a share of all steps: ``8%``."""
 
 
@@ -101,7 +105,7 @@ class Training(Frozen):
     """Let fp32 matrix products use TF32 tensor cores."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full: every decoder layer is computed again in the backward pass."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0)] = 42
 
     @model_validator(mode="after")
     def _warmup_steps(self) -> Training:

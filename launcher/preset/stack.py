@@ -11,6 +11,8 @@ from launcher.preset.fields import Frozen, Name, Text, Word
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 Package = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9+.-]*$")]
 """A Debian package."""
+Version = Annotated[str, StringConstraints(pattern=r"^[0-9][A-Za-z0-9.!_-]*(\+[A-Za-z0-9.]+)?$")]
+"""An exact version, without an operator: ``2.3.0``. A pin without local part also means builds with one (``2.13.0+cpu``)."""
 
 
 class Debootstrap(Frozen):
@@ -38,7 +40,7 @@ class Stack(Frozen):
     base: Debootstrap | Docker | LocalImage = Field(discriminator="kind")
     python: Annotated[str, StringConstraints(pattern=r"^3\.\d+$")]
     """Minor version of the image's Python."""
-    packages: dict[Package, Text]
+    packages: dict[Package, Version]
     """The pins that ``%test`` imports and compares: distribution → exact version. The lock adds what they need."""
     cuda: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
     """CUDA version that torch was built with; none: CPU."""

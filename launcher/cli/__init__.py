@@ -1,0 +1,34 @@
+"""The command line: the only place that prints results or chooses an exit code. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from launcher.cli import before, operate
+from launcher.cli.show import show_error
+from launcher.errors import FtlaunchError
+
+app = typer.Typer(
+    name="ftlaunch",
+    help="From one YAML file to a fine-tuned code model on a Slurm cluster, in a container.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    before.check, before.render, before.build, before.stage, before.presets,
+    operate.submit, operate.status, operate.logs, operate.cancel, operate.resume, operate.report,
+):  # fmt: skip
+    app.command()(command)
+
+
+def main() -> None:
+    """The one exit point: every error for users becomes one line for each finding and its class's exit code."""
+    try:
+        app()
+    except FtlaunchError as error:
+        show_error(error, as_json="--json" in sys.argv)
+        sys.exit(error.exit_code)

@@ -1,0 +1,5 @@
+"""``python -m launcher.cli`` is ``ftlaunch``."""
+
+from launcher.cli import main
+
+main()

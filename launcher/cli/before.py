@@ -1,0 +1,166 @@
+"""Commands before a run exists: check, render, build, stage, presets. Each stops at its own station of the line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from launcher.cli import options
+from launcher.cli.show import out, say, show_findings, show_json, show_plan, show_rows
+from launcher.errors import Finding, FtlaunchError
+
+
+def check(
+    presets: Annotated[list[str], typer.Argument(metavar="PRESET…", help="Files, or names of shipped presets.")],
+    site: options.Site = None,
+    settings: options.Settings = None,
+    allow: options.Allow = None,
+    as_json: options.Json = False,
+    account: options.Account = None,
+    partition: options.Partition = None,
+    qos: options.Qos = None,
+    time: options.Time = None,
+    constraint: options.Constraint = None,
+    reservation: options.Reservation = None,
+    nodes: options.Nodes = None,
+    gpus: options.Gpus = None,
+) -> None:
+    """Read, resolve and plan; say what is wrong. Writes nothing."""
+    from launcher.cli.line import Wish, planned, read, refuse
+    from launcher.planner import summary
+
+    asked = options.sbatch(account, partition, qos, time, constraint, reservation, nodes, gpus)
+    documents: list[dict[str, Any]] = []
+    refused: list[FtlaunchError] = []
+    for preset in presets:
+        findings: list[Finding] = []
+        document: dict[str, Any] = {"ok": False, "preset": preset, "findings": findings, "plan": None}
+        try:
+            line = read(Wish(preset, site, tuple(settings or ()), asked, tuple(allow or ())))
+            plan, findings = planned(line)
+            document.update(plan=summary(plan), findings=[finding.to_json() for finding in findings])
+            if not as_json:
+                show_plan(summary(plan))
+                show_findings([finding for finding in findings if finding.level != "error"])
+            refuse(findings)
+            document["ok"] = True
+        except FtlaunchError as error:
+            refused.append(error)
+            if not findings:
+                document["findings"] = [finding.to_json() for finding in error.findings]
+            if not as_json:
+                show_findings(error.findings)
+        documents.append(document)
+    if as_json:
+        show_json(documents[0] if len(documents) == 1 else {"ok": not refused, "presets": documents})
+    if refused:
+        raise typer.Exit(min(error.exit_code for error in refused))
+
+
+def render(
+    preset: options.Preset,
+    folder: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write the files here instead of the screen.")] = None,
+    site: options.Site = None,
+    settings: options.Settings = None,
+    allow: options.Allow = None,
+    as_json: options.Json = False,
+    account: options.Account = None,
+    partition: options.Partition = None,
+    qos: options.Qos = None,
+    time: options.Time = None,
+    constraint: options.Constraint = None,
+    reservation: options.Reservation = None,
+    nodes: options.Nodes = None,
+    gpus: options.Gpus = None,
+) -> None:
+    """The definition, the batch script, the DeepSpeed config and the plan, as a submission would write them."""
+    from launcher.cli.line import Wish, planned, read, refuse, rendered
+    from launcher.run import Run
+
+    asked = options.sbatch(account, partition, qos, time, constraint, reservation, nodes, gpus)
+    line = read(Wish(preset, site, tuple(settings or ()), asked, tuple(allow or ())))
+    plan, findings = planned(line)
+    refuse(findings)
+    show_findings([finding for finding in findings if finding.level == "warning"])
+    files = rendered(line, plan, Run((folder or Path.cwd()).absolute()))
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        say(f"{len(files)} files in {folder}")
+    if as_json:
+        show_json({"ok": True, "files": files})
+    elif folder is None:
+        for name, text in files.items():
+            out().rule(name)
+            out().print(text, markup=False, end="")
+
+
+def build(
+    target: Annotated[str, typer.Argument(metavar="PRESET_OR_STACK", help="A preset or a stack: a file or a shipped name.")],
+    site: options.Site = None,
+    force: Annotated[bool, typer.Option("--force", help="Build again even when the image exists.")] = False,
+    print_only: Annotated[bool, typer.Option("--print-only", help="Print the definition.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """The image from the rendered definition: without root, cached by what goes into it, tested before it gets its name."""
+    from launcher.cli.line import definition_of, image_of, stack_and_site
+
+    stack, chosen = stack_and_site(target, site)
+    if print_only:
+        out().print(definition_of(stack), markup=False, end="")
+        return
+    container = image_of(stack, chosen, force=force)
+    if as_json:
+        show_json({"ok": True, "image": container.image, "identity": container.identity})
+    else:
+        out().print(container.image, markup=False)
+
+
+def stage(preset: options.Preset, site: options.Site = None, settings: options.Settings = None, as_json: options.Json = False) -> None:
+    """Model, tokenizer and tokenised data at pinned revisions. Done once; a second call returns at once."""
+    import dataclasses
+
+    from launcher.cli.line import Wish, container_of, planned, read, refuse, staged
+
+    line = read(Wish(preset, site, tuple(settings or ()), {}, ()))
+    refuse(planned(line)[1])
+    facts = dataclasses.asdict(staged(line, container_of(line)))
+    if as_json:
+        show_json({"ok": True, **facts})
+    else:
+        show_plan(facts)
+
+
+def presets(
+    action: Annotated[str, typer.Argument(metavar="[list|show]")] = "list",
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """What ships: list, or show NAME."""
+    from launcher.errors import UsageError
+    from launcher.preset.reading import read_preset
+    from launcher.shipped import shipped
+
+    files = sorted(shipped("presets").glob("*.yaml"))
+    if action == "show" and name is not None:
+        loaded = read_preset(name)
+        if as_json:
+            show_json({"ok": True, "preset": loaded.value.model_dump(mode="json")})
+        else:
+            out().print(loaded.text, markup=False, end="")
+    elif action == "list" and name is None:
+        rows = []
+        for file in files:
+            preset = read_preset(str(file)).value
+            rows.append((preset.name, f"{preset.nodes} × {preset.gpus} {preset.hardware}", preset.stack, preset.description))
+        if as_json:
+            show_json(
+                {"ok": True, "presets": [{"name": row[0], "hardware": row[1], "stack": row[2], "description": row[3]} for row in rows]}
+            )
+        else:
+            show_rows(("preset", "nodes × GPUs", "stack", ""), rows)
+    else:
+        raise UsageError("presets takes 'list' or 'show NAME'", code="usage", hint="ftlaunch presets show tiny")

@@ -1,0 +1,158 @@
+"""The second half of the line: from what was read to a submitted run, and from a run to its next life."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.cli.line import Line, Wish, container_of, planned, read, refuse, rendered, staged
+from launcher.cli.show import say, show_findings
+from launcher.errors import GateError, UsageError
+from launcher.plan import Container, Plan, to_json
+from launcher.preset.choose import Chosen
+from launcher.preset.hardware import Hardware
+from launcher.preset.reading import Loaded
+from launcher.preset.site import Site
+from launcher.preset.stack import Stack
+from launcher.run import Run, State
+
+
+@dataclass(frozen=True)
+class Launched:
+    run: Run
+    outcome: Literal["submitted", "resumed", "shown"]
+    """shown: a run of this identity is there already and needs nothing."""
+    state: State
+    job: str | None = None
+    """Slurm job id, or the supervisor's pid on this machine."""
+
+
+def launch(line: Line, *, new: bool) -> Launched:
+    """Check, image, stage, create, submit; or what there is of this identity. Errors: every class of ``launcher.errors``."""
+    from launcher.runs import RunExists, create_run, find_existing
+    from launcher.submit import submit
+
+    plan, findings = planned(line)
+    refuse(findings)
+    _refuse_what_cannot_run(line, plan)
+    show_findings([finding for finding in findings if finding.level == "warning"])
+    runs = line.folders.runs
+    container = container_of(line)
+    if container.use == "none" and line.stack is not None:
+        _compare_with_host(line.stack.value)
+    plan, findings = planned(line, container, staged(line, container))
+    refuse(findings)
+    existing = None if new else find_existing(plan, runs)
+    if existing is None:
+        try:
+            run = create_run(plan, lambda run: rendered(line, plan, run), line.preset.text, runs, new=new)
+            return Launched(run, "submitted", "queued", submit(run))
+        except RunExists as error:  # two submissions at once: the other one was first
+            existing = error.run
+    return _again(line, plan, existing)
+
+
+def state_now(run: Run) -> State:
+    """What the run is doing, asking Slurm where the folder cannot know."""
+    from launcher.slurm.queue import look_up
+    from launcher.state import Known, state_of
+    from launcher.submit import last_job_id
+
+    job_id = last_job_id(run)
+    known = look_up([job_id], run.record()["tools"]) if job_id else {}
+    return state_of(run, known.get(job_id or "", Known()))
+
+
+def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_current: bool) -> Launched:
+    """Begin another life; ``wish`` holds what is to change. Errors: UsageError when it belongs to the identity or the run lives."""
+    from launcher.planner import identity_keys_changed
+    from launcher.submit import resume
+
+    state = state_now(run)
+    if state == "finished" and from_checkpoint is None:
+        raise UsageError(f"{run.id} is finished: {run.model}", code="finished", hint="to train on from an earlier point: --from epoch-1")
+    if state not in ("created", "stopped", "failed", "cancelled", "lost", "finished"):
+        raise UsageError(f"{run.id} is {state}", code="alive", hint=f"ftlaunch status {run.id}")
+    if not (wish.settings or wish.options or wish.allowed):
+        return Launched(run, "resumed", "queued", resume(run, from_checkpoint=from_checkpoint, code_current=code_current))
+    before = run.plan(run.lives_started())
+    line = line_of(run, before, wish)
+    container = _as_chosen(line, before.container)
+    plan, findings = planned(line, container, before.staged)
+    refuse(findings)
+    changed = identity_keys_changed(before, plan)
+    if changed:
+        message = f"{', '.join(changed)} would make it another run: a resumed run keeps what determines its weights"
+        raise UsageError(message, code="identity", hint="submit a preset with that change")
+    plan = replace(plan, identity=before.identity)
+    files = rendered(line, plan, run)
+    job = resume(run, from_checkpoint=from_checkpoint, code_current=code_current, plan=plan, job_script=files.get("job.sbatch"))
+    return Launched(run, "resumed", "queued", job)
+
+
+def line_of(run: Run, plan: Plan, wish: Wish) -> Line:
+    """What a run was made from, with ``wish`` laid over it."""
+    from launcher.preset.reading import model_facts
+
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix=f"{run.id}-") as file:
+        file.write(json.dumps(_without_nulls(plan.preset)))
+        file.flush()
+        line = read(replace(wish, preset=file.name, site="local"))
+    site = _loaded(Site.model_validate(plan.site), run)
+    slurm = {**{key: Chosen(value, str(run.root)) for key, value in plan.slurm.items()}}
+    typed = {
+        key: Chosen(str(value), "command line") for key, value in (wish.options or {}).items() if value and key not in ("nodes", "gpus")
+    }
+    time = {"time": Chosen(line.preset.value.slurm.time, str(run.root))} if line.preset.value.slurm.time else {}
+    stack = _loaded(Stack.model_validate(plan.stack), run) if plan.stack else None
+    hardware = _loaded(Hardware.model_validate(plan.hardware), run)
+    return Line(wish, line.preset, hardware, site, stack, model_facts(line.preset.value), {**slurm, **time, **typed})
+
+
+def _again(line: Line, plan: Plan, run: Run) -> Launched:
+    """A run of this identity is there: shown when it lives or is finished, else resumed as this submission would have it."""
+    from launcher.submit import resume
+
+    state = state_now(run)
+    if state in ("queued", "running", "stopping", "continuing", "staging", "finished"):
+        return Launched(run, "shown", state)
+    before = run.plan(run.lives_started())
+    if to_json(before) == to_json(plan):
+        return Launched(run, "resumed", "queued", resume(run))
+    say(f"{run.id} goes on with what changed")
+    return Launched(run, "resumed", "queued", resume(run, plan=plan, job_script=rendered(line, plan, run).get("job.sbatch")))
+
+
+def _refuse_what_cannot_run(line: Line, plan: Plan) -> None:
+    from launcher.hardware.gates import NOT_EXECUTED_YET
+
+    findings = [finding for finding in planned(line)[1] if finding.code == NOT_EXECUTED_YET]
+    if findings:
+        raise GateError(findings=[replace(finding, level="error") for finding in findings])
+
+
+def _compare_with_host(stack: Stack) -> None:
+    """Without a container the installed packages train: a difference from the stack is worth a warning, a missing one an error."""
+    from launcher.image.host import check_host
+
+    findings = check_host(stack)
+    show_findings(findings)
+
+
+def _as_chosen(line: Line, container: Container) -> Container:
+    site = line.site.value.container
+    return replace(container, binds=tuple(site.binds), env=dict(site.env))
+
+
+def _loaded(value: Any, run: Run) -> Loaded[Any]:
+    return Loaded(value, "", Path(run.plan_file()), {})
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return value

@@ -1,0 +1,38 @@
+"""Options that several commands share; the sbatch-named ones carry sbatch's names."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A file, or the name of a shipped preset.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="An id, the beginning of one, 'last', or a folder.")]
+Site = Annotated[str | None, typer.Option("--site", metavar="SITE", help="A site file, or the name of one.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: training.epochs=1.")]
+Allow = Annotated[list[str] | None, typer.Option("--allow", metavar="GATE", help="Override a gate: memory, driver or time.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Follow = Annotated[bool, typer.Option("--follow", help="Stay and show the progress.")]
+
+Account = Annotated[str | None, typer.Option("--account", "-A", help="Slurm account.")]
+Partition = Annotated[str | None, typer.Option("--partition", "-p", help="Slurm partition.")]
+Qos = Annotated[str | None, typer.Option("--qos", help="Slurm quality of service.")]
+Time = Annotated[str | None, typer.Option("--time", "-t", help="Walltime of one life: 48h, 90m, 1-12:00:00.")]
+Constraint = Annotated[str | None, typer.Option("--constraint", "-C", help="Node features.")]
+Reservation = Annotated[str | None, typer.Option("--reservation", help="Slurm reservation.")]
+Nodes = Annotated[int | None, typer.Option("--nodes", "-N", help="Nodes.")]
+Gpus = Annotated[int | None, typer.Option("--gpus", help="GPUs per node.")]
+
+
+def sbatch(
+    account: str | None,
+    partition: str | None,
+    qos: str | None,
+    time: str | None,
+    constraint: str | None,
+    reservation: str | None,
+    nodes: int | None,
+    gpus: int | None,
+) -> dict[str, str | int | None]:
+    """The sbatch-named options by name."""
+    return dict(locals())

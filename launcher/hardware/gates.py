@@ -1,0 +1,216 @@
+"""What the node, the site, the software and the model forbid, found before anything queues. Pure: a plan in, findings out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launcher.errors import Finding
+from launcher.hardware import compatibility as known
+from launcher.plan import Plan
+from launcher.preset.complaints import nearest
+from launcher.preset.fields import duration_min, duration_text
+from launcher.preset.hardware import Hardware
+from launcher.preset.model import ModelFacts
+from launcher.preset.schema import Lora, Preset
+from launcher.preset.site import Site
+from launcher.preset.stack import Stack
+
+GATES = frozenset({"driver-too-old", "time-above-partition"})
+"""Codes of errors that are a refusal (exit code 3); every other error is a wrong preset or command line (2)."""
+
+ALLOWED_BY = {"driver-too-old": "driver", "time-above-partition": "time"}
+"""What ``--allow`` must name to make a warning of the error."""
+
+NOT_EXECUTED_YET = "not-executed-yet"
+"""Code of the warning that a plan is right but the training cannot run it yet: ``submit`` must refuse it before anything queues."""
+
+EXECUTED_ATTENTION = ("eager", "sdpa")
+EXECUTED_PARALLELISM = ("single", "ddp", "device_map")
+EXECUTED_DTYPE = ("fp32", "bf16", "fp16")
+EXECUTED_OPTIMIZER = ("adamw", "adafactor")
+
+
+def check_plan(plan: Plan, preset: Preset, hardware: Hardware, site: Site, stack: Stack | None, facts: ModelFacts | None) -> list[Finding]:
+    """Everything there is to say: errors first, then warnings, then advice. ``plan.allowed`` turns its gates into warnings."""
+    found = [
+        *_node(plan, preset, hardware),
+        *_site(plan, preset, site),
+        *_gpu(plan, preset, hardware),
+        *_stack(plan, preset, hardware, stack),
+        *_model(preset, facts),
+        *_not_executed(plan, preset, stack),
+        *_batch(plan),
+        *_not_predicted(facts),
+    ]
+    softened = [
+        Finding("warning", finding.code, f"{finding.message}; allowed", None, None, finding.key, finding.hint)
+        if finding.level == "error" and ALLOWED_BY.get(finding.code) in plan.allowed
+        else finding
+        for finding in found
+    ]
+    return sorted(softened, key=lambda finding: ("error", "warning", "advice").index(finding.level))
+
+
+def _error(code: str, message: str, key: str, hint: str | None = None) -> Finding:
+    return Finding("error", code, message, key=key, hint=hint)
+
+
+def _warning(code: str, message: str, key: str, hint: str | None = None) -> Finding:
+    return Finding("warning", code, message, key=key, hint=hint)
+
+
+def _node(plan: Plan, preset: Preset, hardware: Hardware) -> Iterator[Finding]:
+    layout = plan.layout
+    if layout.gpus_per_node > hardware.gpus:
+        message = f"{layout.gpus_per_node} GPUs, but a node of {hardware.name} has {hardware.gpus or 'none'}"
+        yield _error("gpus-above-node", message, "gpus", f"gpus: {hardware.gpus}" + (" and more nodes" if hardware.gpus else ""))
+    if layout.cpus_per_node > hardware.cpus:
+        message = f"{layout.cpus_per_node} CPUs, but a node of {hardware.name} has {hardware.cpus}"
+        yield _error("cpus-above-node", message, "cpus_per_node", f"cpus_per_node: {hardware.cpus}")
+    if layout.memory_per_node_gib > hardware.memory_gib:
+        message = f"{layout.memory_per_node_gib} GiB of RAM, but a node of {hardware.name} has {hardware.memory_gib}"
+        yield _error("memory-above-node", message, "memory_per_node_gib", f"memory_per_node_gib: {hardware.memory_gib}")
+    ranks, gpus = layout.ranks_per_node, layout.gpus_per_node
+    if gpus and ranks > gpus:
+        yield _error(
+            "ranks-above-gpus",
+            f"{ranks} ranks on {gpus} GPUs of a node: each rank needs its own",
+            "ranks_per_node",
+            f"ranks_per_node: {gpus}",
+        )
+    if gpus > ranks and preset.parallelism != "device_map":
+        yield _warning("idle-gpus", f"{gpus - ranks} of {gpus} GPUs of a node get no rank", "ranks_per_node", "leave ranks_per_node out")
+
+
+def _site(plan: Plan, preset: Preset, site: Site) -> Iterator[Finding]:
+    if site.scheduler == "none":
+        if preset.nodes > 1:
+            yield _error(
+                "nodes-without-scheduler",
+                f"{preset.nodes} nodes, but site {site.name} is this machine alone",
+                "nodes",
+                "nodes: 1, or --site",
+            )
+        if any(value is not None for value in preset.slurm.model_dump().values()):
+            yield Finding("advice", "slurm-unused", f"site {site.name} has no scheduler: nothing below slurm is used", key="slurm")
+        return
+    if site.account == "required" and "account" not in plan.slurm:
+        yield _error("account-missing", f"site {site.name} wants an account", "slurm.account", "--account, or slurm.account")
+    name = plan.slurm.get("partition")
+    if name is None or not site.partitions:
+        return
+    if name not in site.partitions:
+        hint = nearest(name, site.partitions) or f"known: {', '.join(site.partitions)}"
+        yield _error("unknown-partition", f"site {site.name} knows no partition {name}", "slurm.partition", hint)
+        return
+    partition = site.partitions[name]
+    if partition.gpus_per_node is not None and preset.gpus > partition.gpus_per_node:
+        message = f"{preset.gpus} GPUs a node, but partition {name} has {partition.gpus_per_node}"
+        yield _error("gpus-above-partition", message, "gpus", f"gpus: {partition.gpus_per_node}")
+    if partition.max_nodes is not None and preset.nodes > partition.max_nodes:
+        message = f"{preset.nodes} nodes, but partition {name} gives a job {partition.max_nodes}"
+        yield _error("nodes-above-partition", message, "nodes", f"nodes: {partition.max_nodes}")
+    if partition.max_time is not None and plan.time_limit_min is not None and plan.time_limit_min > duration_min(partition.max_time):
+        message = f"{duration_text(plan.time_limit_min)}, but partition {name} allows {partition.max_time}"
+        yield _error("time-above-partition", message, "slurm.time", f"time: {partition.max_time}; the run continues in a next life")
+
+
+def _gpu(plan: Plan, preset: Preset, hardware: Hardware) -> Iterator[Finding]:
+    dtype, attention, tf32 = preset.training.dtype, plan.attention, preset.training.tf32
+    if not preset.gpus or hardware.gpu is None:
+        if attention in known.GPU_ONLY_ATTENTION:
+            yield _error("attention-not-on-gpu", f"{attention} has no backward pass on CPU", "attention", "attention: sdpa")
+        if tf32:
+            yield _warning("tf32-unused", "there is no TF32 on CPU", "training.tf32", "tf32: false")
+        if dtype == "fp16":
+            yield _error("dtype-not-on-gpu", "fp16 needs a GPU", "training.dtype", "dtype: fp32 or bf16")
+        return
+    gpu, capability = hardware.gpu.kind, hardware.gpu.compute_capability
+    if not known.at_least(capability, known.DTYPE_CAPABILITY[dtype]):
+        message = f"{dtype} needs compute capability {known.DTYPE_CAPABILITY[dtype]}, {gpu} has {capability}"
+        yield _error("dtype-not-on-gpu", message, "training.dtype", "dtype: fp32 or fp16")
+    if not known.at_least(capability, known.ATTENTION_CAPABILITY[attention]):
+        message = f"{attention} needs compute capability {known.ATTENTION_CAPABILITY[attention]}, {gpu} has {capability}"
+        yield _error("attention-not-on-gpu", message, "attention", "attention: xformers or sdpa")
+    if tf32 and not known.at_least(capability, known.TF32_CAPABILITY):
+        yield _warning("tf32-unused", f"{gpu} has no TF32", "training.tf32", "tf32: false")
+    if attention in known.HALF_ONLY_ATTENTION and dtype == "fp32":
+        yield _error("attention-needs-half", f"{attention} takes bf16 or fp16 only", "attention", "dtype: bf16, or attention: sdpa")
+
+
+def _stack(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack | None) -> Iterator[Finding]:
+    if stack is None:
+        yield _warning("stack-unknown", "an image of your own: its software is not checked here", "stack")
+        return
+    if preset.gpus and stack.cuda is None:
+        yield _error(
+            "stack-without-cuda", f"{preset.gpus} GPUs, but stack {stack.name} is for CPU", "stack", "a stack with CUDA, or gpus: 0"
+        )
+    if plan.attention not in stack.attention and plan.attention not in known.HALF_ONLY_ATTENTION:
+        yield _error(
+            "attention-not-in-stack", f"stack {stack.name} has no {plan.attention}", "attention", f"it has {', '.join(stack.attention)}"
+        )
+    if preset.parallelism not in stack.parallelism:
+        hint = f"it has {', '.join(stack.parallelism)}"
+        yield _error("parallelism-not-in-stack", f"stack {stack.name} has no {preset.parallelism}", "parallelism", hint)
+    if not preset.gpus or stack.cuda is None:
+        return
+    if hardware.gpu is not None and not known.at_least(hardware.gpu.compute_capability, known.minimum_capability(stack)):
+        needed = f"compute capability {known.minimum_capability(stack)}, {hardware.gpu.kind} has {hardware.gpu.compute_capability}"
+        yield _error("gpu-older-than-stack", f"torch of stack {stack.name} needs {needed}", "stack", "an older stack: torch2.3-cu121")
+    minimum = known.minimum_driver(stack)
+    if minimum is None:
+        yield _warning("driver-unknown", f"nothing is known about the driver that CUDA {stack.cuda} needs", "stack")
+    elif hardware.driver is None:
+        message = f"the driver of {hardware.name} is not known; stack {stack.name} needs {minimum} or newer"
+        yield _warning("driver-unknown", message, "hardware", "nvidia-smi on a node says it; write driver: into your hardware file")
+    elif not known.at_least(hardware.driver, minimum):
+        message = f"stack {stack.name} (CUDA {stack.cuda}) needs driver {minimum}, {hardware.name} has {hardware.driver}"
+        yield _error("driver-too-old", message, "stack", "a stack for an older CUDA, or --allow driver")
+
+
+def _model(preset: Preset, facts: ModelFacts | None) -> Iterator[Finding]:
+    if facts is None:
+        return
+    length = preset.training.sequence_length
+    if length > facts.context:
+        message = f"{length} tokens, but the model's context is {facts.context}"
+        yield _error("sequence-too-long", message, "training.sequence_length", f"sequence_length: {facts.context}")
+    if isinstance(preset.adapter, Lora):
+        for target in preset.adapter.targets or []:
+            if target not in facts.linear_layers:
+                hint = nearest(target, facts.linear_layers) or f"it has {', '.join(facts.linear_layers)}"
+                yield _error("lora-target", f"the model has no linear layer {target}", "adapter.targets", hint)
+
+
+def _not_executed(plan: Plan, preset: Preset, stack: Stack | None) -> Iterator[Finding]:
+    if preset.data.packing == "documents":
+        yield _error("not-built-yet", "packing with borders kept is not built yet", "data.packing", "packing: flatten")
+    wanted = (
+        ("attention", plan.attention, EXECUTED_ATTENTION),
+        ("parallelism", preset.parallelism, EXECUTED_PARALLELISM),
+        ("training.dtype", preset.training.dtype, EXECUTED_DTYPE),
+        ("training.optimizer", preset.training.optimizer, EXECUTED_OPTIMIZER),
+    )
+    for key, value, executed in wanted:
+        if value not in executed:
+            message = f"{value} is planned and rendered, but the training does not run it yet: submit refuses"
+            yield _warning(NOT_EXECUTED_YET, message, key, f"runs now: {', '.join(executed)}")
+    if stack is not None and plan.attention in known.HALF_ONLY_ATTENTION and plan.attention not in stack.attention:
+        message = f"stack {stack.name} is without flash-attn, which needs a compiler image and was not built here: submit refuses"
+        yield _warning(NOT_EXECUTED_YET, message, "stack", "attention: xformers, or a stack of your own")
+
+
+def _batch(plan: Plan) -> Iterator[Finding]:
+    idle = plan.batch.samples_per_rank.count(0)
+    if idle:
+        message = f"{plan.batch.effective_batch} samples for {plan.world_size} ranks: {idle} of them only compute dummies"
+        yield _warning("idle-ranks", message, "training.effective_batch", f"at most {plan.batch.effective_batch} ranks")
+
+
+def _not_predicted(facts: ModelFacts | None) -> Iterator[Finding]:
+    yield Finding("advice", "memory-not-predicted", "whether it fits the GPUs' memory is not predicted yet")
+    yield Finding("advice", "time-not-predicted", "how long it takes is not predicted yet")
+    if facts is None:
+        message = "no facts of this model: context, LoRA targets and disk are not checked"
+        yield Finding("advice", "model-facts-unknown", message, key="model")

@@ -1,0 +1,89 @@
+"""The command line that runs a program in an image, and the environment it may see. Standard library only (Python 3.9).
+
+Ranks on a node do not call ``enter`` with an image they know: they start through ``launcher.image.rank``, which finds what their own
+node unpacked. Everything that runs where the ``.sif`` itself is used (staging, verification) calls ``enter`` directly:
+
+    subprocess.run(enter(container, image, ["python3", "-m", "launcher.stage", …], binds=[bind(code)], env={"PYTHONPATH": code}),
+                   env=clean_environment(os.environ))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from launcher.errors import UsageError
+from launcher.plan import Container
+
+_SYSTEM = "HOME LANG LOGNAME PATH SHELL TERM TZ USER http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY HF_TOKEN"
+_RANK = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT CUDA_DEVICE_ORDER CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL"
+KEPT_NAMES = frozenset([*_SYSTEM.split(), *_RANK.split()])
+"""What a process in a container sees of the host's environment, beside ``KEPT_PREFIXES``. Apptainer replaces PATH by the image's own."""
+
+KEPT_PREFIXES = (
+    "SLURM_",
+    "SLURMD_",
+    "PMI",
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "FI_",
+    "NVIDIA_",
+    "OMP_",
+    "OPENBLAS_",
+    "MKL_",
+    "TORCH_",
+    "PYTORCH_",
+    "FTLAUNCH_",
+)
+"""Names that begin so are kept as well: the scheduler's, and what tunes network and arithmetic."""
+
+_BIND_SPECIAL = re.compile(r"([:,\\])")
+
+
+def enter(
+    container: Container,
+    image: str,
+    argv: Sequence[str],
+    *,
+    binds: Sequence[str] = (),
+    env: Mapping[str, str] = {},
+    gpus: bool = False,
+    cwd: str | None = None,
+) -> list[str]:
+    """The argument list that runs ``argv`` in ``image`` (a ``.sif`` file or an unpacked folder).
+
+    No home is mounted and no current folder; a folder is visible inside if ``container.binds`` or ``binds`` name it. ``binds`` are
+    ``source[:target[:options]]``; make them with ``bind``, which escapes what is special. ``env`` is set inside (after
+    ``container.env``, which it wins over) by ``env``(1), so values are taken as they are, never evaluated by a shell. Everybody on
+    the node can read an argument list: a secret goes through the environment (``HF_TOKEN``). ``argv`` begins with ``python3``, a name
+    that every image has. Run it with ``env=clean_environment(os.environ)``.
+
+    Errors: UsageError when a bind has a comma that is not escaped (Apptainer would take it for two).
+    """
+    command = [container.command, "exec", "--no-home", "--no-mount", "cwd", "--no-eval"]
+    if gpus:
+        command.append("--nv")
+    for value in (*container.binds, *binds):
+        if re.search(r"(?<!\\),", value):
+            raise UsageError(f"bind {value!r} holds a comma", code="bind", hint="write \\, for a comma in a path; one entry for each bind")
+        command += ["--bind", value]
+    if cwd is not None:
+        command += ["--pwd", cwd]
+    inside = {"PYTHONNOUSERSITE": "1", **container.env, **env}
+    return [*command, image, "env", *(f"{name}={value}" for name, value in inside.items()), *argv]
+
+
+def bind(source: str, target: str | None = None, *, read_only: bool = False) -> str:
+    """A bind for ``enter``, with ``:`` and ``,`` in the paths escaped. ``target`` is ``source`` unless given."""
+    parts = [_BIND_SPECIAL.sub(r"\\\1", part) for part in (source, target or source)]
+    return ":".join([*parts, "ro"] if read_only else parts)
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What of ``environ`` reaches a container: a list of what is kept, since what a login shell exports is without end.
+
+    PYTHONPATH, LD_LIBRARY_PATH, LD_PRELOAD, APPTAINER_*, SINGULARITY_*, TMPDIR, SSL_* and virtual environments stay outside: they name
+    files of the host. What is needed inside is given as ``env`` of ``enter``.
+    """
+    return {name: value for name, value in environ.items() if name in KEPT_NAMES or name.startswith(KEPT_PREFIXES)}

@@ -1,0 +1,154 @@
+"""Where a life happens: this machine, or the nodes of a Slurm job. Prepares the image there, starts the ranks, cleans up.
+
+Standard library only (Python 3.9).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher import ranks
+from launcher.errors import ActionError, GateError, UsageError
+from launcher.image.unpack import remove, remove_command, unpack, unpack_command
+from launcher.plan import Plan
+from launcher.processes import LocalRanks, Ranks, StepRanks
+from launcher.ranks import Place
+from launcher.run import Run
+from launcher.slurm.job import Job
+from launcher.slurm.tools import call
+
+CLEAN_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Node:
+    """The nodes of one life. ``job`` is None on this machine."""
+
+    run: Run
+    plan: Plan
+    place: Place
+    names: list[str]
+    job: Job | None
+
+    @property
+    def job_id(self) -> str | None:
+        return self.job.job_id if self.job else None
+
+    def prepare(self, stop_wanted: Callable[[], bool]) -> None:
+        """Make the image usable on every node; gives up when a stop is wanted.
+
+        Errors: GateError when no disk has room (another life would meet it again), ActionError.
+        """
+        container = self.plan.container
+        if container.use == "none":
+            return
+        assert container.image is not None
+        folders, mode = self.plan.site["local_disk"], self.plan.site["container"]["mount"]
+        if self.job is None:
+            unpack(
+                container.image,
+                container.command,
+                folders,
+                job=self.place.job,
+                life=self.place.life,
+                node=socket.gethostname(),
+                mode=mode,
+                owner_pid=os.getpid(),
+            )
+            return
+        command = unpack_command(
+            self.place.python, container.image, container.command, folders, job=self.place.job, life=self.place.life, mode=mode
+        )
+        self._on_every_node(command, stop_wanted)
+
+    def start(self) -> Ranks:
+        run, plan, place = self.run, self.plan, self.place
+        run.cache.mkdir(mode=0o700, exist_ok=True)
+        if self.job is not None:
+            command, environment = ranks.step_command(run, plan, place), ranks.step_environment(run, plan, place, os.environ)
+            return StepRanks(command, environment, plan.world_size, run.life(place.life) / "srun.log")
+        numbers = range(plan.world_size)
+        return LocalRanks(
+            [ranks.rank_command(run, plan, place) for _ in numbers],
+            [ranks.local_environment(run, plan, place, rank, os.environ) for rank in numbers],
+            [run.rank_log(place.life, rank) for rank in numbers],
+            run.code,
+        )
+
+    def clean(self) -> None:
+        """Remove what ``prepare`` left on the nodes; what cannot be removed now is swept by a later life."""
+        if self.plan.container.use == "none":
+            return
+        if self.job is None:
+            remove(job=self.place.job, life=self.place.life, node=socket.gethostname())
+            return
+        command = remove_command(self.place.python, job=self.place.job, life=self.place.life)
+        call(self._step(command), environ=self._environment(), timeout_s=CLEAN_TIMEOUT_S)
+
+    def _on_every_node(self, command: list[str], stop_wanted: Callable[[], bool]) -> None:
+        log = self.run.life(self.place.life) / "unpack.log"
+        with open(log, "ab") as output:
+            step = subprocess.Popen(self._step(command), env=self._environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        while step.poll() is None:
+            if stop_wanted():
+                step.send_signal(signal.SIGTERM)  # srun answers by killing the step
+                step.wait()
+                return
+            time.sleep(0.2)
+        if step.returncode != 0:
+            error = ActionError if step.returncode != GateError.exit_code else GateError
+            raise error(f"the image could not be made usable on every node: {_reason(log)}; see {log}", code="unpack")
+
+    def _step(self, command: list[str]) -> list[str]:
+        """One task on each node, beside nothing else."""
+        assert self.place.srun is not None
+        nodes = self.plan.layout.nodes
+        spread = [f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--cpus-per-task={self.plan.layout.cpus_per_rank}"]
+        return [self.place.srun, *spread, "--mpi=none", "--export=ALL", f"--chdir={self.run.code}", *command]
+
+    def _environment(self) -> dict[str, str]:
+        return ranks.step_environment(self.run, self.plan, self.place, os.environ)
+
+
+def node_here(run: Run, plan: Plan, life: int) -> Node:
+    """This machine, without a scheduler."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = Place(life, "127.0.0.1", port, sys.executable, f"{run.id}-{os.getpid()}")
+    return Node(run, plan, place, [socket.gethostname()], None)
+
+
+def node_of_job(run: Run, plan: Plan, life: int) -> Node:
+    """The nodes of the Slurm job that this process is the batch step of. Errors: UsageError outside of one, ActionError."""
+    job_id, node_list = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NODELIST")
+    if not job_id or not node_list:
+        raise UsageError("this run belongs to Slurm", code="not-in-a-job", hint=f"cd {run.root} && sbatch job.sbatch")
+    job = Job(job_id, run.record()["tools"], int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    names = job.node_names(node_list)
+    suffix = plan.site["network"]["host_suffix"]
+    address = f"{names[0]}{suffix}" if suffix else job.node_address(names[0])
+    place = Place(life, address, ranks.slurm_port(job_id, life), sys.executable, job_id, job.tools["srun"])
+    return Node(run, plan, place, names, job)
+
+
+def _reason(log: Path) -> str:
+    """What the first node that failed said, else the step's last line."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    for line in lines:
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(said, dict) and "error" in said:
+            return f"{said.get('node')}: {said['error']}"
+    return lines[-1] if lines else "it said nothing"

@@ -1,0 +1,224 @@
+"""Preset, hardware, site and stack → the Plan and what there is to say about it. Pure: no clock, environment, file or process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from launcher.errors import Finding
+from launcher.hardware.disk import predict_disk
+from launcher.hardware.gates import check_plan
+from launcher.plan import Batch, Container, Layout, Plan, Staged, rank_slices
+from launcher.preset.choose import SLURM_KEYS
+from launcher.preset.fields import duration_min
+from launcher.preset.hardware import Hardware
+from launcher.preset.model import ModelFacts
+from launcher.preset.schema import OwnImage, Preset
+from launcher.preset.site import Partition, Site
+from launcher.preset.stack import Stack
+
+DEFAULT_TIME_MIN = 24 * 60
+"""Walltime of one life when neither the user nor the partition says one. A run that needs longer continues in the next life."""
+
+MAX_THREADS = 8
+"""More threads seldom make a rank's CPU work faster."""
+
+CHECKPOINT_WRITE_GB_S = 1.0
+"""How fast a checkpoint is taken to reach a shared file system, for the notice before the time limit."""
+
+NOT_IN_IDENTITY = frozenset(
+    {
+        "name", "description", "site", "hardware", "nodes", "gpus", "ranks_per_node", "cpus_per_node", "memory_per_node_gib",
+        "threads_per_rank", "slurm", "limits", "checkpoint", "training.micro_batch", "evaluation.micro_batch",
+    }
+)  # fmt: skip
+"""Keys of the preset that do not determine the weights: they may change between the lives of a run."""
+
+
+def make_plan(
+    preset: Preset,
+    hardware: Hardware,
+    site: Site,
+    stack: Stack | None,
+    *,
+    container: Container,
+    slurm: Mapping[str, str] | None = None,
+    staged: Staged | None = None,
+    model_facts: ModelFacts | None = None,
+    allowed: Collection[str] = (),
+) -> tuple[Plan, list[Finding]]:
+    """The plan, and findings: those of level error forbid to go on (``launcher.hardware.gates.GATES`` says which exit code).
+
+    ``stack``: None for an image that the user brings and nobody has looked into. ``slurm``: the options that
+    ``choose_slurm`` resolved; default: the preset's own. ``allowed``: gates that the user overrides: memory, driver, time.
+    """
+    options = _options(preset, site, slurm)
+    partition = site.partitions.get(options.get("partition", ""))
+    layout = _layout(preset, hardware, site)
+    disk = None if model_facts is None else predict_disk(preset, model_facts)
+    limit = _time_limit_min(site, options, partition)
+    plan = Plan(
+        identity=identity(preset, stack, container, staged),
+        preset=preset.model_dump(mode="json"),
+        hardware=hardware.model_dump(mode="json"),
+        site=site.model_dump(mode="json"),
+        stack={} if stack is None else stack.model_dump(mode="json"),
+        layout=layout,
+        batch=_batch(preset, layout.world_size),
+        attention=_attention(preset, stack),
+        container=container,
+        time_limit_min=limit,
+        signal_lead_s=_signal_lead_s(site, limit, 0.0 if disk is None else disk.checkpoint_gib),
+        slurm={key: value for key, value in options.items() if key != "time"},
+        staged=staged,
+        disk=disk,
+        allowed=tuple(sorted(allowed)),
+    )
+    return plan, check_plan(plan, preset, hardware, site, stack, model_facts)
+
+
+def summary(plan: Plan) -> dict[str, object]:
+    """What ``check --json`` prints under ``plan``."""
+    preset, training = plan.preset, plan.preset["training"]
+    model, stack, adapter = preset["model"], preset["stack"], preset["adapter"]
+    config = model["config"] or {}
+    return {
+        "name": plan.name,
+        "model": model["name"] or model["path"] or f"{config.get('model_type')} (random)",
+        "site": plan.site["name"],
+        "stack": stack if isinstance(stack, str) else stack["image"],
+        "nodes": plan.layout.nodes,
+        "gpus_per_node": plan.layout.gpus_per_node,
+        "world_size": plan.world_size,
+        "effective_batch": plan.batch.effective_batch,
+        "micro_batch": plan.batch.micro_batch,
+        "gradient_accumulation": plan.batch.micro_steps,
+        "samples_per_rank": list(plan.batch.samples_per_rank),
+        "sequence_length": training["sequence_length"],
+        "attention": plan.attention,
+        "adapter": adapter if isinstance(adapter, str) else adapter["kind"],
+        "parallelism": preset["parallelism"],
+        "dtype": training["dtype"],
+        "time_limit_min": plan.time_limit_min,
+        "signal_lead_s": plan.signal_lead_s,
+        "memory": None if plan.memory is None else dict(vars(plan.memory)),
+        "time": None if plan.time is None else dict(vars(plan.time)),
+        "disk": None if plan.disk is None else dict(vars(plan.disk)),
+    }
+
+
+def identity(preset: Preset, stack: Stack | None, container: Container, staged: Staged | None) -> str:
+    """The hash of what determines the weights, 64 hex digits. Where data is local its content counts once staged, not its path."""
+    content: dict[str, Any] = {"preset": _determining(preset.model_dump(mode="json"))}
+    if stack is not None:
+        content["stack"] = _of_stack(stack.model_dump(mode="json"))
+    elif isinstance(preset.stack, OwnImage):
+        content["stack"] = {"image": container.identity or preset.stack.image}
+        del content["preset"]["stack"]
+    if staged is not None and preset.data.path is not None:
+        content["data_sha"] = staged.data_sha
+        content["preset"]["data"]["path"] = None
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identity_keys_changed(old: Plan, new: Plan) -> list[str]:
+    """Dotted keys of the preset that differ and belong to the identity; ``stack`` when the pins behind its name differ,
+    ``data`` when the content behind a local path does. Empty: ``new`` may continue the run of ``old``.
+    """
+    before, after = _flat(_determining(old.preset)), _flat(_determining(new.preset))
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    if _of_stack(old.stack) != _of_stack(new.stack) and "stack" not in changed:
+        changed.append("stack")
+    if old.staged is not None and new.staged is not None and new.preset["data"]["path"] is not None:
+        changed = [key for key in changed if key != "data.path"]
+        if old.staged.data_sha != new.staged.data_sha:
+            changed.append("data")
+    return changed
+
+
+def _options(preset: Preset, site: Site, slurm: Mapping[str, str] | None) -> dict[str, str]:
+    if site.scheduler == "none":
+        return {}
+    typed = {key: value for key in SLURM_KEYS if (value := getattr(preset.slurm, key)) is not None}
+    return typed if slurm is None else dict(slurm)
+
+
+def _layout(preset: Preset, hardware: Hardware, site: Site) -> Layout:
+    """CPUs and memory are the share of the node that the GPUs stand for, or the whole node where no GPU is asked for."""
+    default = 1 if preset.parallelism == "device_map" else max(preset.gpus, 1)
+    ranks = preset.ranks_per_node or default
+    share = min(preset.gpus / hardware.gpus, 1.0) if preset.gpus and hardware.gpus and not site.whole_nodes else 1.0
+    cpus, memory_gib = max(1, int(hardware.cpus * share)), max(1, int(hardware.memory_gib * share))
+    if preset.gpus and site.cpus_per_gpu:
+        cpus = site.cpus_per_gpu * preset.gpus
+    if preset.gpus and site.memory_per_gpu_gib:
+        memory_gib = site.memory_per_gpu_gib * preset.gpus
+    cpus = preset.cpus_per_node or cpus
+    return Layout(
+        nodes=preset.nodes,
+        gpus_per_node=preset.gpus,
+        ranks_per_node=ranks,
+        cpus_per_node=cpus,
+        memory_per_node_gib=preset.memory_per_node_gib or memory_gib,
+        threads_per_rank=preset.threads_per_rank or min(MAX_THREADS, max(1, cpus // ranks)),
+    )
+
+
+def _batch(preset: Preset, world_size: int) -> Batch:
+    """Any effective batch on any number of ranks: shares as even as possible, in as many micro steps as the largest needs."""
+    effective = preset.training.effective_batch
+    shares = tuple(part.stop - part.start for part in rank_slices(effective, world_size))
+    micro_batch = min(preset.training.micro_batch, max(shares))
+    return Batch(effective, shares, micro_batch, -(-max(shares) // micro_batch))
+
+
+def _attention(preset: Preset, stack: Stack | None) -> str:
+    """``auto`` is sdpa: every family has it, on every GPU and on CPU; eager where a stack is without."""
+    if preset.attention != "auto":
+        return preset.attention
+    return "sdpa" if stack is None or "sdpa" in stack.attention else "eager"
+
+
+def _time_limit_min(site: Site, options: Mapping[str, str], partition: Partition | None) -> int | None:
+    """Minutes that the scheduler is asked for: typed, else the partition's limit, else ``DEFAULT_TIME_MIN``."""
+    if site.scheduler == "none":
+        return None
+    if "time" in options:
+        return int(duration_min(options["time"]))
+    if partition is not None and partition.max_time is not None:
+        return int(duration_min(partition.max_time))
+    return DEFAULT_TIME_MIN
+
+
+def _signal_lead_s(site: Site, limit_min: int | None, checkpoint_gib: float) -> int:
+    """The site's lead, and twice the time that a checkpoint takes at ``CHECKPOINT_WRITE_GB_S``; at most half of the time limit."""
+    lead = site.signal_lead_s + int(2 * checkpoint_gib * 1.073741824 / CHECKPOINT_WRITE_GB_S)
+    return lead if limit_min is None else min(lead, limit_min * 30)
+
+
+def _determining(preset: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The preset without ``NOT_IN_IDENTITY``."""
+    kept: dict[str, Any] = {}
+    for name, value in preset.items():
+        key = f"{prefix}{name}"
+        if key not in NOT_IN_IDENTITY:
+            kept[name] = _determining(value, f"{key}.") if isinstance(value, Mapping) else value
+    return kept
+
+
+def _of_stack(stack: Mapping[str, Any]) -> dict[str, Any]:
+    """The stack without its words."""
+    return {name: value for name, value in stack.items() if name not in ("description", "notes")}
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            found.update(_flat(item, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = item
+    return found

@@ -1,0 +1,137 @@
+"""What several places may say, decided once: the site, Slurm's options, the folders. Each with the place that decided.
+
+Everything that is asked of the machine comes as an argument: environment, home, working folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from launcher.errors import UsageError
+from launcher.preset.complaints import shown
+from launcher.preset.config import UserConfig
+from launcher.preset.reading import COMMAND_LINE, SET, Loaded
+from launcher.preset.schema import Preset, Slurm
+from launcher.preset.site import Site
+
+SLURM_KEYS = ("account", "partition", "qos", "time", "constraint", "reservation", "exclude", "mail")
+SLURM_ENVIRONMENT = {"account": "SBATCH_ACCOUNT", "partition": "SBATCH_PARTITION", "qos": "SBATCH_QOS"}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    value: str
+    source: str
+    """Where the value comes from: ``command line``, a file with its line, an environment variable, the site."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Absolute; they need not exist yet."""
+
+    runs: Path
+    images: Path
+    data: Path
+    cache: Path
+    """Caches of the libraries, so that no home with a small quota is written to."""
+
+
+def choose_site(option: str | None, *, environ: Mapping[str, str], config: Loaded[UserConfig] | None, preset: Loaded[Preset]) -> Chosen:
+    """``--site``, ``$FTLAUNCH_SITE``, the user's configuration, the preset, else ``local``."""
+    if option:
+        return Chosen(option, "--site")
+    if environ.get("FTLAUNCH_SITE"):
+        return Chosen(environ["FTLAUNCH_SITE"], "$FTLAUNCH_SITE")
+    if config is not None and config.value.site is not None:
+        return Chosen(config.value.site, _place(config, "site"))
+    if preset.value.site is not None:
+        return Chosen(preset.value.site, _place(preset, "site"))
+    return Chosen("local", "default")
+
+
+def choose_slurm(preset: Loaded[Preset], site: Site, *, environ: Mapping[str, str], config: Loaded[UserConfig] | None) -> dict[str, Chosen]:
+    """Slurm's options: command line, preset, the user's configuration, ``SBATCH_*`` of the environment, the site; empty without Slurm.
+
+    Errors: UsageError when a variable of the environment holds what no such option can be.
+    """
+    if site.scheduler == "none":
+        return {}
+    defaults = {"account": site.default_account, "partition": site.default_partition, "qos": site.default_qos}
+    chosen: dict[str, Chosen] = {}
+    for key in SLURM_KEYS:
+        typed, own = getattr(preset.value.slurm, key), None if config is None else getattr(config.value.slurm, key)
+        variable = SLURM_ENVIRONMENT.get(key, "")
+        if typed is not None:
+            chosen[key] = Chosen(typed, _place(preset, f"slurm.{key}"))
+        elif own is not None:
+            assert config is not None
+            chosen[key] = Chosen(own, _place(config, f"slurm.{key}"))
+        elif environ.get(variable):
+            chosen[key] = Chosen(_checked(key, environ[variable], variable), f"${variable}")
+        elif (value := defaults.get(key)) is not None:
+            chosen[key] = Chosen(value, f"site {site.name}")
+    return chosen
+
+
+def choose_folders(site: Site, *, environ: Mapping[str, str], home: Path, cwd: Path) -> Folders:
+    """``$FTLAUNCH_RUNS``, ``$FTLAUNCH_IMAGES``, ``$FTLAUNCH_DATA``, else the site's, else, only without Slurm, ``./runs`` and
+    the user's cache folder. Errors: UsageError when a Slurm site leaves one open, or names a variable that is not set.
+    """
+    cache_home = Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "ftlaunch"
+    defaults = {"runs": cwd / "runs", "images": cache_home / "images", "data": cache_home / "data"}
+    found: dict[str, Path] = {}
+    missing: list[str] = []
+    for name, default in defaults.items():
+        said = environ.get(f"FTLAUNCH_{name.upper()}") or _expanded(getattr(site, name), name, site, environ, home)
+        if said:
+            found[name] = cwd / said
+        elif site.scheduler == "none":
+            found[name] = default
+        else:
+            missing.append(name)
+    if missing:
+        lines = "; ".join(f"{name}: /FOLDER/ON/THE/SHARED/FILE/SYSTEM/{name}" for name in missing)
+        variables = ", ".join(f"$FTLAUNCH_{name.upper()}" for name in missing)
+        raise UsageError(
+            f"site {site.name} says no folder for {', '.join(missing)}",
+            code="no-folders",
+            key=missing[0],
+            hint=f"write into ~/.config/ftlaunch/sites/NAME.yaml, below 'extends: {site.name}': {lines}; or set {variables}",
+        )
+    cache = _expanded(site.cache, "cache", site, environ, home)
+    fallback = cache_home if site.scheduler == "none" else found["data"] / "cache"
+    return Folders(found["runs"], found["images"], found["data"], cwd / cache if cache else fallback)
+
+
+def _place(loaded: Loaded[Preset] | Loaded[UserConfig], key: str) -> str:
+    where = loaded.where(key)
+    if where.file in (SET, COMMAND_LINE):
+        return COMMAND_LINE
+    return f"{where.file}:{where.line}" if where.line else where.file
+
+
+def _checked(key: str, value: str, variable: str) -> str:
+    try:
+        Slurm.model_validate({key: value})
+    except ValidationError:
+        raise UsageError(f"${variable} is {shown(value)}, which is no {key}", code="wrong-value", key=f"slurm.{key}") from None
+    return value
+
+
+def _expanded(text: str | None, name: str, site: Site, environ: Mapping[str, str], home: Path) -> str | None:
+    if text is None:
+        return None
+
+    def replaced(match: re.Match[str]) -> str:
+        variable = match[1] or match[2]
+        if not environ.get(variable):
+            raise UsageError(f"site {site.name}: {name}: {text}: ${variable} is not set", code="no-variable", key=name)
+        return environ[variable]
+
+    text = re.sub(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))", replaced, text)
+    return str(home / text[2:]) if text.startswith("~/") else text

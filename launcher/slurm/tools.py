@@ -1,0 +1,103 @@
+"""Calling Slurm's programs: found once, argument lists, bounded in time, in a clean environment. Standard library only (Python 3.9)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import ActionError, MissingError
+
+REQUIRED = ("sbatch", "srun", "scontrol", "scancel")
+OPTIONAL = ("squeue", "sacct")
+
+TIMEOUT_S = 60
+
+_SCRUBBED_PREFIXES = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI", "SUBMITIT_", "FTLAUNCH_LIFE", "FTLAUNCH_SUBMITIT")
+_SCRUBBED_NAMES = frozenset(["PYTHONPATH", "PYTHONHOME", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a program said. ``code`` is 127 when it is missing and 124 when it did not answer in time."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def reason(self) -> str:
+        """The first line that says something, without the program's own prefix."""
+        lines = [line.strip() for line in (self.stderr or self.stdout).splitlines() if line.strip()]
+        wanted = next((line for line in lines if "error" in line.lower()), lines[0] if lines else f"exit code {self.code}")
+        return wanted.partition("error: ")[2] or wanted
+
+
+def find_tools() -> dict[str, str]:
+    """Name → absolute path, found when submitting: what a batch script loads later may hide them.
+
+    Errors: MissingError (4) when this machine cannot submit.
+    """
+    found = {name: path for name in (*REQUIRED, *OPTIONAL) if (path := shutil.which(name))}
+    missing = [name for name in REQUIRED if name not in found]
+    if missing:
+        raise MissingError(
+            f"{', '.join(missing)}: not found on this machine",
+            code="no-slurm",
+            hint="run this on a login node of the cluster, or choose a site without Slurm: --site local",
+        )
+    return {name: os.path.abspath(path) for name, path in found.items()}
+
+
+def call(argv: Sequence[str], *, environ: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = TIMEOUT_S) -> Answer:
+    """Run one of Slurm's programs to its end."""
+    try:
+        done = subprocess.run(
+            list(argv),
+            env=None if environ is None else dict(environ),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return Answer(124, "", f"{argv[0]} did not answer within {timeout_s:g} s")
+    except OSError as error:
+        return Answer(127, "", f"{argv[0]}: {error.strerror}")
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` without what an allocation, submitit or another Python left in it: a job must not depend on where it was submitted.
+
+    SLURM_CONF stays: it says where Slurm is.
+    """
+    return {
+        name: value
+        for name, value in environ.items()
+        if name == "SLURM_CONF" or not (name in _SCRUBBED_NAMES or name.startswith(_SCRUBBED_PREFIXES))
+    }
+
+
+def sbatch(
+    program: str, script: Path, *, environ: Mapping[str, str], options: Sequence[str] = (), extra: Mapping[str, str] | None = None
+) -> str:
+    """Submit ``script`` from its own folder's run; returns the job id. ``extra`` is added to the job's environment.
+
+    Errors: ActionError (5) with Slurm's own reason on one line; MissingError (4) when ``program`` is not there.
+    """
+    answer = call(
+        [program, "--parsable", *options, str(script)], environ={**clean_environment(environ), **(extra or {})}, cwd=script.parent
+    )
+    if answer.code == 127:
+        raise MissingError(answer.reason, code="no-slurm")
+    job_id = answer.stdout.strip().splitlines()[-1].partition(";")[0] if answer.stdout.strip() else ""
+    if answer.code != 0 or not job_id.isdigit():
+        raise ActionError(f"sbatch refused {script}: {answer.reason}", code="sbatch-refused")
+    return job_id

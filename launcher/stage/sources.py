@@ -1,0 +1,169 @@
+"""Local data and local models as files: which files are meant, whether they are complete, and the hash of their content.
+
+Knows nothing of what is inside the files. Standard library only (Python 3.9); used on the host and in the container.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sysconfig
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from launcher.errors import UsageError
+from launcher.files import write_json
+
+RECORD_SUFFIXES = (".jsonl", ".parquet")
+STDLIB_WITHOUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json",
+    "tokenizer.model", "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
+RACY_S = 2.0
+"""A file that changed so shortly before it was hashed may change again without its time moving."""
+
+Kind = Literal["records", "files"]
+
+
+@dataclass(frozen=True)
+class Local:
+    """Local data. ``records``: JSONL and Parquet, a sample a record. ``files``: a sample a file."""
+
+    kind: Kind
+    root: str
+    files: tuple[str, ...]
+    """Relative to ``root``, in order."""
+
+
+def find_local(path: Path, glob: str) -> Local:
+    """What ``data.path`` means: a JSONL or Parquet file, a folder of such files, or a folder of source files.
+
+    Errors: UsageError.
+    """
+    if path.is_file():
+        if path.suffix not in RECORD_SUFFIXES:
+            raise UsageError(f"{path} is neither .jsonl nor .parquet", key="data.path", hint="or name a folder of source files")
+        return Local("records", str(path.parent), (path.name,))
+    if not path.is_dir():
+        raise UsageError(f"{path} does not exist", key="data.path", code="no-file")
+    top = _matching(path, [f"*{suffix}" for suffix in RECORD_SUFFIXES])
+    try:
+        sources = _matching(path, [glob])
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(f"{glob!r} is no pattern: {error}", key="data.glob", hint="for example **/*.py") from None
+    if top and sources and set(top) != set(sources):
+        raise UsageError(
+            f"{path} holds {top[0]} and also {sources[0]}, which data.glob matches",
+            key="data.path",
+            hint="name the file, or a folder of one kind",
+        )
+    if sources and not top:
+        return Local("files", str(path), sources)
+    records = tuple(sorted({*top, *_matching(path, [f"*/*{suffix}" for suffix in RECORD_SUFFIXES])}))
+    if not records:
+        raise UsageError(f"{path} holds no .jsonl, no .parquet and nothing that {glob} matches", key="data.path", hint="see data.glob")
+    return Local("records", str(path), records)
+
+
+def find_stdlib(root: Path | None = None) -> Local:
+    """The Python sources of the standard library, without its tests; by default that of the running interpreter."""
+    root = root or Path(sysconfig.get_paths()["stdlib"])
+    files = [name for name in _matching(root, ["**/*.py"]) if not STDLIB_WITHOUT & set(name.split("/")) and not leaves(root, name)]
+    if not files:
+        raise UsageError(f"the interpreter has no sources of its standard library in {root}", key="data.path")
+    return Local("files", str(root), tuple(files))
+
+
+def leaves(root: Path, name: str) -> bool:
+    """Whether a file of ``root`` is a link to somewhere outside it (which a container would not see)."""
+    file = root / name
+    return file.resolve() != root.resolve() / name and root.resolve() not in file.resolve().parents
+
+
+def split_of(name: str) -> str:
+    """The split that a record file's name says: ``valid`` for ``valid.jsonl``, ``valid-00000-of-00002.parquet``, ``valid/x.jsonl``."""
+    first, _, rest = name.partition("/")
+    return first if rest else re.sub(r"(-\d+-of-\d+)?\.[a-z]+$", "", first)
+
+
+def content_sha(local: Local, cache: Path | None = None) -> str:
+    """SHA-256 over names (of a folder's files) and contents. ``cache``: a folder that remembers it by paths, sizes and times of change.
+
+    Errors: UsageError when a file cannot be read.
+    """
+    root = Path(local.root)
+    started = time.time()
+    try:
+        states = [(root / name).stat() for name in local.files]
+        listing = json.dumps([local.root, *([name, state.st_size, state.st_mtime_ns] for name, state in zip(local.files, states))])
+        known = cache / f"{hashlib.sha256(listing.encode()).hexdigest()}.json" if cache else None
+        if known is not None and known.exists():
+            return str(json.loads(known.read_text())["sha256"])
+        digest = hashlib.sha256()
+        for name, state in zip(local.files, states):
+            label = name if len(local.files) > 1 else ""
+            digest.update(f"{len(label.encode())}:{label}:{state.st_size}:".encode())
+            _digest_file(digest, root / name)
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}", file=error.filename, key="data.path", code="unreadable") from None
+    if known is not None and max(state.st_mtime for state in states) < started - RACY_S:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_json(known, {"sha256": digest.hexdigest(), "root": local.root}, mode=0o644)
+    return digest.hexdigest()
+
+
+def check_model(folder: Path, key: str) -> None:
+    """That a folder has config, all its safetensors and a tokenizer. Errors: UsageError naming what is missing."""
+
+    def demand(found: bool, what: str, hint: str | None = None) -> None:
+        if not found:
+            raise UsageError(f"{folder} has no {what}", key=key, code="incomplete-model", hint=hint)
+
+    demand(folder.is_dir(), "model: it is not a folder")
+    demand(_filled(folder / "config.json"), "config.json")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise UsageError("is no index of weights", file=str(index), key=key, code="incomplete-model") from None
+        for shard in shards:
+            demand(_filled(folder / shard), f"{shard}, which its index names")
+    else:
+        demand(
+            _filled(folder / "model.safetensors"), "safetensors weights", "save them with save_pretrained; pickled weights are never loaded"
+        )
+    tokenizer = any(_filled(folder / name) for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"))
+    demand(tokenizer, "tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+
+
+def tokenizer_sha(folder: Path) -> str:
+    """Hash of the tokenizer's files."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}:{(folder / name).stat().st_size}:".encode())
+            _digest_file(digest, folder / name)
+    return digest.hexdigest()
+
+
+def _matching(root: Path, patterns: Sequence[str]) -> tuple[str, ...]:
+    found = {file for pattern in patterns for file in root.glob(pattern) if file.is_file()}
+    names = [file.relative_to(root).as_posix() for file in found]
+    return tuple(sorted(name for name in names if not any(part.startswith(".") for part in name.split("/"))))
+
+
+def _filled(file: Path) -> bool:
+    return file.is_file() and os.path.getsize(file) > 0
+
+
+def _digest_file(digest: hashlib._Hash, file: Path) -> None:
+    with open(file, "rb") as content:
+        while chunk := content.read(1 << 20):
+            digest.update(chunk)

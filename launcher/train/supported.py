@@ -1,0 +1,50 @@
+"""What this training refuses, said before torch is loaded. Every refusal here is a feature that has its room but was not built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import UsageError
+from launcher.plan import Plan, Staged
+
+_LATER = {
+    "parallelism": ("single", "ddp", "device_map"),
+    "attention": ("eager", "sdpa"),
+    "data.packing": ("none", "flatten", "concatenate"),
+    "training.optimizer": ("adamw", "adafactor"),
+}
+
+
+def require_supported(plan: Plan) -> Staged:
+    """The staged folders of a plan that can be trained. Errors: UsageError with the key and what works."""
+    values: dict[str, Any] = {
+        "parallelism": plan.preset["parallelism"],
+        "attention": plan.attention,
+        "data.packing": plan.preset["data"]["packing"],
+        "training.optimizer": plan.preset["training"]["optimizer"],
+    }
+    for key, value in values.items():
+        if value not in _LATER[key]:
+            raise UsageError(f"{value} is not here yet", code="not-here-yet", key=key, hint=f"one of {', '.join(_LATER[key])}")
+    dtype = plan.preset["training"]["dtype"]
+    if dtype == "bf16_pure":
+        raise UsageError("bf16_pure needs stochastic rounding, not here yet", code="not-here-yet", key="training.dtype", hint="bf16")
+    if dtype == "fp16" and plan.layout.gpus_per_node == 0:
+        raise UsageError("fp16 needs a GPU", code="fp16-cpu", key="training.dtype", hint="fp32 or bf16 on CPU")
+    if plan.world_size > 1 and plan.preset["parallelism"] != "ddp":
+        raise UsageError(
+            f"{plan.preset['parallelism']} is one process, the plan has {plan.world_size}", code="world-size", key="parallelism"
+        )
+    return _require_staged(plan)
+
+
+def _require_staged(plan: Plan) -> Staged:
+    staged = plan.staged
+    if staged is None:
+        raise UsageError("model and data were not staged", code="not-staged", hint="ftlaunch stage")
+    evaluated = plan.preset["evaluation"]["every"] != "never"
+    for folder in (Path(staged.model), Path(staged.data) / "train", *([Path(staged.data) / "eval"] if evaluated else [])):
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is missing on this node", code="not-staged", hint="stage again, or bind the folder")
+    return staged

@@ -1,0 +1,101 @@
+"""What the tests share: the stack of ``tests/hpc`` as a fixture, and the reason where it is not there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+HPC = Path(os.environ.get("FTLAUNCH_HPC", "/var/lib/ftlaunch-hpc"))
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The test cluster, seen by its unprivileged user: the wheel is installed in ``venv``, without torch."""
+
+    root: Path
+    user: str = "ftuser"
+
+    @property
+    def home(self) -> Path:
+        """A folder that the user may write."""
+        return self.root / "tests"
+
+    @property
+    def python(self) -> Path:
+        return self.root / "venv" / "bin" / "python"
+
+    @property
+    def ftlaunch(self) -> Path:
+        return self.root / "venv" / "bin" / "ftlaunch"
+
+    def run(
+        self, *argv: object, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 600, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        """A command as the unprivileged user, in the stack's environment. Errors: AssertionError with both outputs."""
+        assignments = [f"{name}={value}" for name, value in (env or {}).items()]
+        script = f'. {shlex.quote(str(self.root / "env"))}; cd {shlex.quote(str(cwd or self.home))}; exec "$@"'
+        done = subprocess.run(
+            ["runuser", "-u", self.user, "--", "env", *assignments, "bash", "-c", script, "-", *map(str, argv)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+        )
+        if check:
+            assert done.returncode == 0, f"{argv}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+
+@pytest.fixture(scope="session")
+def cluster(wheel: Path) -> Iterator[Cluster]:
+    """The real Slurm and Apptainer, with this tree's wheel installed for the unprivileged user."""
+    found = Cluster(HPC)
+    subprocess.run(
+        [found.python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", wheel], check=True, stdin=subprocess.DEVNULL
+    )
+    subprocess.run(
+        [found.python, "-m", "pip", "install", "-q", "-c", REPOSITORY / "constraints.txt", wheel], check=True, stdin=subprocess.DEVNULL
+    )
+    subprocess.run(["install", "-d", "-o", found.user, "-m", "0755", found.home], check=True)
+    yield found
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """This tree as a wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    folder.chmod(0o755)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, REPOSITORY], check=True, stdin=subprocess.DEVNULL
+    )
+    (built,) = folder.glob("ftlaunch-*.whl")
+    return built
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs more than this machine has, with the reason; in CI a missing stack is a failure instead."""
+    asked = config.getoption("-m")
+    reason = _missing_stack()
+    if reason and os.environ.get("FTLAUNCH_REQUIRE_HPC"):
+        raise pytest.UsageError(f"FTLAUNCH_REQUIRE_HPC is set, but {reason}")
+    for item in items:
+        if reason and item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.skip(reason=f"{reason}; bring it up with: tests/hpc/up"))
+        for marker, command in (("source_stack", "make test-source-stack"), ("image_cuda", "make test-image-cuda")):
+            if item.get_closest_marker(marker) and marker not in asked:
+                item.add_marker(pytest.mark.skip(reason=f"runs by: {command}"))
+
+
+def _missing_stack() -> str | None:
+    if not (HPC / "env").exists():
+        return f"the test stack is not up ({HPC}/env is missing)"
+    ping = subprocess.run(["bash", "-c", f'. "{HPC}/env"; scontrol ping'], capture_output=True, text=True)
+    return None if "UP" in ping.stdout else "the test stack's slurmctld does not answer"

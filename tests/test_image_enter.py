@@ -1,0 +1,122 @@
+"""The command line into an image, what it may see, and the rank that becomes it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import UsageError
+from launcher.image.enter import bind, clean_environment, enter
+from launcher.image.rank import rank_command
+from launcher.image.unpack import link
+from launcher.plan import Container
+
+CONTAINER = Container("apptainer", "/images/x.sif", None, "/usr/bin/apptainer", ("/data:/data:ro",), {"A": "site", "B": "site"})
+
+
+def test_the_whole_line() -> None:
+    line = enter(CONTAINER, "/node/image", ["python3", "-m", "x y"], binds=["/run"], env={"A": "$(id), 'x'"}, gpus=True, cwd="/run")
+    assert line == [
+        *("/usr/bin/apptainer", "exec", "--no-home", "--no-mount", "cwd", "--no-eval", "--nv"),
+        *("--bind", "/data:/data:ro", "--bind", "/run", "--pwd", "/run", "/node/image"),
+        *("env", "PYTHONNOUSERSITE=1", "A=$(id), 'x'", "B=site", "python3", "-m", "x y"),
+    ]
+
+
+def test_without_gpus_and_folder() -> None:
+    line = enter(Container("apptainer", "x"), "x.sif", ["true"])
+    assert line == ["apptainer", "exec", "--no-home", "--no-mount", "cwd", "--no-eval", "x.sif", "env", "PYTHONNOUSERSITE=1", "true"]
+
+
+def test_two_binds_in_one_are_refused() -> None:
+    with pytest.raises(UsageError, match="holds a comma"):
+        enter(CONTAINER, "x", ["true"], binds=["/a,/etc:/etc"])
+    assert bind("/a,b") in enter(CONTAINER, "x", ["true"], binds=[bind("/a,b")])
+
+
+def test_binds_are_escaped() -> None:
+    assert bind("/a") == "/a:/a"
+    assert bind("/a:1,2", "/b\\c", read_only=True) == "/a\\:1\\,2:/b\\\\c:ro"
+
+
+def test_what_of_the_host_is_kept() -> None:
+    kept = {
+        "SLURM_JOB_ID": "1",
+        "SLURMD_NODENAME": "n",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "NCCL_DEBUG": "INFO",
+        "RANK": "0",
+        "HF_TOKEN": "x",
+        "PATH": "/bin",
+    }
+    left = {
+        **{
+            "PYTHONPATH": "/x",
+            "PYTHONHOME": "/x",
+            "LD_LIBRARY_PATH": "/x",
+            "LD_PRELOAD": "x",
+            "APPTAINER_BIND": "/",
+            "APPTAINERENV_A": "1",
+        },
+        **{"SINGULARITY_BINDPATH": "/", "TMPDIR": "/x", "VIRTUAL_ENV": "/x", "CONDA_PREFIX": "/x", "SSL_CERT_FILE": "/x", "BASH_ENV": "/x"},
+    }
+    assert clean_environment({**kept, **left}) == kept
+
+
+def wait_for_image(folder: Path, name: str) -> Path:
+    """What ``unpack`` leaves, for the rank to find."""
+    place = link("7", 2, "node1", links=folder)
+    place.parent.mkdir(parents=True)
+    (folder / name).mkdir()
+    place.symlink_to(folder / name)
+    return folder / name
+
+
+def rank_process(tmp_path: Path, argv: list[str], **environment: str) -> subprocess.Popen[str]:
+    """A rank on the virtual node ``node1`` whose Apptainer is a script; LINKS points to the test's folder."""
+    fake = tmp_path / "apptainer"
+    fake.write_text('#!/bin/sh\nwhile [ "$1" != env ]; do last=$1; shift; done\nexport IMAGE_USED="$last"\nexec "$@"\n')
+    fake.chmod(0o755)
+    line = rank_command(
+        sys.executable, Container("apptainer", "x.sif", command=str(fake)), argv, job="7", life=2, env={"PYTHONPATH": "/inside"}
+    )
+    start = f"import sys, pathlib, launcher.image.rank as r; r.link.__kwdefaults__['links'] = pathlib.Path({str(tmp_path)!r}); "
+    assert line[:3] == [sys.executable, "-m", "launcher.image.rank"]
+    code = start + "sys.exit(r.main(sys.argv[1:]))"
+    own = {**os.environ, "SLURMD_NODENAME": "node1", **environment}
+    return subprocess.Popen([sys.executable, "-c", code, *line[3:]], env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_rank_finds_its_nodes_image(tmp_path: Path) -> None:
+    image = wait_for_image(tmp_path, "unpacked")
+    show = "import os; print(os.environ['IMAGE_USED'], os.environ['PYTHONPATH'], os.environ.get('LD_PRELOAD'), os.environ['RANK'])"
+    rank = rank_process(tmp_path, [sys.executable, "-c", show], LD_PRELOAD="", RANK="3")
+    out, err = rank.communicate()
+    assert (out, err, rank.returncode) == (f"{image} /inside None 3\n", "", 0)
+
+
+def test_a_rank_is_the_process_that_was_started(tmp_path: Path) -> None:
+    """So a signal to it reaches the container, and the exit code is the container's."""
+    wait_for_image(tmp_path, "unpacked")
+    wait = (
+        "import signal, sys, os\nsignal.signal(signal.SIGUSR2, lambda *_: sys.exit(85))\n"
+        "print(os.getpid(), flush=True)\nwhile True: signal.pause()"
+    )
+    rank = rank_process(tmp_path, [sys.executable, "-c", wait])
+    assert rank.stdout is not None
+    assert int(rank.stdout.readline()) == rank.pid
+    rank.send_signal(signal.SIGUSR2)
+    rank.communicate()
+    assert rank.returncode == 85
+
+
+def test_a_rank_without_an_image_says_so(tmp_path: Path) -> None:
+    rank = rank_process(tmp_path, ["true"])
+    _, err = rank.communicate()
+    assert rank.returncode == 4
+    assert err.endswith("node1-7-2/image is missing: the image of job 7, life 2 was not unpacked on this node\n")

@@ -1,0 +1,221 @@
+"""Supervisor, batch script and submitit plugin on the real Slurm, with toy ranks and without an image: 2 nodes × 2 ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import metrics
+from launcher.checkpoint import committed
+from launcher.run import Run
+from launcher.slurm.queue import look_up
+from launcher.slurm.tools import find_tools
+from launcher.state import state_of
+from launcher.submit import last_job_id
+from tests.conftest import REPOSITORY, Cluster
+from tests.toy import names
+
+pytestmark = pytest.mark.slurm
+
+LONG = {"steps": 1_000_000, "step_s": 0.1}
+
+
+@pytest.fixture
+def submitted(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Submits a toy run as the cluster's user; what still runs at the end is taken away."""
+    folder = cluster.home / "toy"
+    cluster.run("mkdir", "-p", folder, cwd=cluster.root)
+    for name in ("toy.py", "toy_train.py", "toy_submit.py"):
+        shutil.copy(REPOSITORY / "tests" / name, folder)
+        (folder / name).chmod(0o644)
+    for line in cluster.run("env").stdout.splitlines():
+        if line.startswith(("SLURM_CONF=", "PATH=")):
+            monkeypatch.setenv(*line.split("=", 1))
+    jobs = []
+
+    def submit(toy: dict[str, Any], *, check: bool = True, **plan: Any) -> dict[str, Any]:
+        wanted = json.dumps({"plan": {"nodes": 2, "time_limit_min": 10, **plan}, "toy": toy})
+        done = cluster.run(cluster.python, folder / "toy_submit.py", folder / "runs of it's", wanted, env={"SLURM_PROCID": "9"})
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        if "job_id" in answer:
+            jobs.append(Run(Path(answer["run"])))
+        return answer
+
+    yield submit
+    for run in jobs:
+        cluster.run("scancel", last_job_id(run), check=False)
+        shutil.rmtree(run.root, ignore_errors=True)
+
+
+@pytest.fixture
+def toy_on_slurm(submitted: Callable[..., dict[str, Any]]) -> Callable[..., Run]:
+    return lambda toy, **plan: Run(Path(submitted(toy, **plan)["run"]))
+
+
+@pytest.fixture
+def preempt(cluster: Cluster) -> Iterator[Callable[[], None]]:
+    """Somebody more important takes both nodes for a moment."""
+    jobs: list[str] = []
+
+    def submit() -> None:
+        options = ["--parsable", "-p", "high", "-N", "2", "--exclusive", "-t", "5", "-o", "/dev/null", "--wrap", "sleep 3"]
+        jobs.append(cluster.run("sbatch", *options).stdout.strip())
+
+    yield submit
+    for job in jobs:
+        cluster.run("scancel", job, check=False)
+
+
+def wait_until(what: Callable[[], Any], run: Run, timeout_s: float = 180) -> None:
+    end = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < end, story(run)
+        time.sleep(0.2)
+
+
+def story(run: Run) -> str:
+    logs = [*sorted(run.root.glob("lives/*/*.log")), *run.submitit.glob("*.out")]
+    return "\n".join([*map(json.dumps, run.events()), *(f"== {log}\n{log.read_text()}" for log in logs)])
+
+
+def trained(run: Run) -> int:
+    return len(metrics.read(run.metrics_file, "train"))
+
+
+def end_soon(run: Run, more_steps: int = 5) -> None:
+    """The next life has only a little to do."""
+    (run.root / "toy.json").write_text(json.dumps({"steps": committed(run)[-1].step + more_steps, "step_s": 0.1}))
+
+
+def state(run: Run) -> str:
+    job_id = last_job_id(run)
+    return state_of(run, look_up([job_id], find_tools())[job_id])
+
+
+def gone_from_queue(run: Run) -> bool:
+    return look_up([last_job_id(run)], find_tools())[last_job_id(run)].state not in ("pending", "running", "ending")
+
+
+def test_finishes_on_two_nodes(toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm({"steps": 10, "step_s": 0.1})
+    wait_until(lambda: run.events("finished", "failed"), run)
+    assert names(run) == ["submitted", "started", "finished"], story(run)
+    assert run.events("started")[0]["nodes"] == ["node1", "node2"]
+    seen = [json.loads((run.life(0) / f"environment-{rank}.json").read_text()) for rank in range(4)]
+    assert [(one["RANK"], one["LOCAL_RANK"], one["SLURMD_NODENAME"]) for one in seen] == [
+        ("0", "0", "node1"),
+        ("1", "1", "node1"),
+        ("2", "0", "node2"),
+        ("3", "1", "node2"),
+    ]
+    assert {one["MASTER_ADDR"] for one in seen} == {"127.0.0.1"} and len({one["MASTER_PORT"] for one in seen}) == 1
+    wait_until(lambda: gone_from_queue(run), run)
+    assert state(run) == "finished"
+    assert len(list(run.submitit.glob("*_0_result.pkl"))) == 1
+
+
+def test_script_by_hand(cluster: Cluster, toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm({"steps": 2, "step_s": 0.1})
+    wait_until(lambda: run.events("finished"), run)
+    (run.root / "toy.json").write_text(json.dumps({"steps": 4, "step_s": 0.1}))
+    cluster.run("bash", "-c", 'cd "$1" && sbatch job.sbatch', "-", run.root)
+    wait_until(lambda: len(run.events("finished")) == 2, run)
+    assert names(run)[-2:] == ["started", "finished"]
+    assert [record["step"] for record in metrics.read(run.metrics_file, "train")] == [1, 2, 3, 4]
+    assert len(list(run.submitit.glob("*_0_result.pkl"))) == 1
+
+
+def test_preempted_requeued_and_finished(toy_on_slurm: Callable[..., Run], preempt: Callable[[], None]) -> None:
+    run = toy_on_slurm(LONG)
+    wait_until(lambda: trained(run) >= 5, run)
+    preempt()
+    wait_until(lambda: run.events("requeued"), run)
+    assert state(run) in ("continuing", "running")
+    saved = committed(run)[-1].step
+    end_soon(run)
+    wait_until(lambda: run.events("finished", "failed"), run)
+    assert names(run) == ["submitted", "started", "stop_requested", "requeued", "started", "finished"], story(run)
+    assert run.events("requeued")[0]["step"] == saved
+    assert len({event["job_id"] for event in run.events("started")}) == 1
+    steps = metrics.read(run.metrics_file, "train")
+    assert [record["step"] for record in steps] == list(range(1, saved + 6))
+    assert {record["life"] for record in steps} == {0, 1}
+
+
+def test_follow_up_job_where_requeue_is_forbidden(toy_on_slurm: Callable[..., Run], preempt: Callable[[], None]) -> None:
+    up = REPOSITORY / "tests" / "hpc" / "up"
+    subprocess.run([up, "--job-requeue", "0"], check=True, stdin=subprocess.DEVNULL)
+    try:
+        run = toy_on_slurm(LONG)
+        wait_until(lambda: trained(run) >= 5, run)
+        preempt()
+        wait_until(lambda: run.events("requeued", "continued", "stopped"), run)
+        end_soon(run)
+        wait_until(lambda: run.events("finished", "failed"), run)
+    finally:
+        subprocess.run([up], check=True, stdin=subprocess.DEVNULL)
+    assert names(run) == ["submitted", "started", "stop_requested", "continued", "started", "finished"], story(run)
+    assert "disabled" in run.events("continued")[0]["cause"]
+    assert [event["job_id"] for event in run.events("started")][1] == run.events("continued")[0]["next_job_id"]
+
+
+def test_time_limit_over_lives(toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm(LONG, time_limit_min=1, signal_lead_s=30)
+    wait_until(lambda: run.events("requeued"), run)
+    end_soon(run)
+    wait_until(lambda: run.events("finished", "failed"), run)
+    assert names(run) == ["submitted", "started", "stop_requested", "requeued", "started", "finished"], story(run)
+    assert run.events("stop_requested")[0]["source"] == "USR2"
+
+
+def test_crashed_rank_ends_the_step_and_is_named(toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm({**LONG, "faults": [{"rank": 3, "step": 3, "what": "kill"}]}, preset={"limits": {"max_lives": 1}})
+    wait_until(lambda: run.events("failed"), run)
+    assert "rank 3 was killed by signal 9" in run.events("failed")[0]["cause"]
+    wait_until(lambda: gone_from_queue(run), run)
+    assert state(run) == "failed"
+
+
+def test_cancel_saves_and_does_not_go_on(cluster: Cluster, toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm(LONG)
+    wait_until(lambda: trained(run) >= 5, run)
+    script = "import sys; from pathlib import Path; from launcher.run import Run; from launcher.submit import cancel"
+    cluster.run(cluster.python, "-c", f"{script}; cancel(Run(Path(sys.argv[1])), now=False)", run.root)
+    wait_until(lambda: run.events("stopped"), run)
+    assert names(run) == ["submitted", "started", "cancel_requested", "stop_requested", "stopped"], story(run)
+    assert committed(run)[-1].step == trained(run)
+    wait_until(lambda: gone_from_queue(run), run)
+    assert state(run) == "cancelled"
+
+
+def test_job_cancelled_behind_our_back_is_not_requeued(cluster: Cluster, toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm(LONG)
+    wait_until(lambda: trained(run) >= 5, run)
+    cluster.run("scancel", last_job_id(run))
+    wait_until(lambda: gone_from_queue(run), run)
+    assert names(run)[:3] == ["submitted", "started", "stop_requested"] and "requeued" not in names(run), story(run)
+    assert state(run) == "cancelled"
+
+
+def test_refused_account_is_one_line_and_leaves_nothing(cluster: Cluster, submitted: Callable[..., dict[str, Any]]) -> None:
+    before = set((cluster.home / "toy" / "runs of it's").glob("*"))
+    answer = submitted({}, slurm={"account": "nonsense"})
+    assert answer["exit_code"] == 5 and "\n" not in answer["error"]
+    assert "Invalid account or account/partition combination specified" in answer["error"]
+    assert set((cluster.home / "toy" / "runs of it's").glob("*")) - before == set()
+
+
+def test_unusable_interpreter_is_one_sentence(cluster: Cluster, toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm({"steps": 2, "step_s": 0.1})
+    wait_until(lambda: run.events("finished"), run)
+    script = run.root / "job.sbatch"
+    script.write_text(script.read_text().replace(f"python={cluster.python}", "python=/nowhere/python"))
+    cluster.run("bash", "-c", 'cd "$1" && sbatch --wait job.sbatch', "-", run.root, check=False)
+    assert "the Python of the submission is missing or older than 3.10" in run.events("failed")[0]["cause"]

@@ -1,0 +1,187 @@
+"""The whole line on the real Slurm, in the real image: preempted, refused a requeue, out of time; bit for bit the uninterrupted run.
+
+One image and one reference run serve all of it. Runs as the cluster's unprivileged user, from the wheel, on a Python without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import metrics
+from launcher.checkpoint import committed
+from launcher.run import Run
+from tests.conftest import REPOSITORY, Cluster
+
+pytestmark = pytest.mark.slurm
+
+SITE = REPOSITORY / "tests" / "hpc" / "site.yaml"
+
+TWO_BY_TWO = ["--nodes", "2", "--set", "ranks_per_node=2", "--set", "training.effective_batch=25", "--set", "training.micro_batch=3"]
+"""25 samples on 4 ranks: 7, 6, 6, 6."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """``ftlaunch`` on the test cluster, and the folders that it writes to."""
+
+    cluster: Cluster
+    folder: Path
+
+    def __call__(self, *argv: object, check: bool = True, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+        return self.cluster.run(self.cluster.ftlaunch, *argv, cwd=self.folder, check=check, timeout=timeout)
+
+    def submit(self, *argv: object, name: str) -> Run:
+        """A run of ``tiny`` on 2 nodes × 2 ranks, queued."""
+        options = ["--site", self.folder / "site.yaml", "--new", "--json", *TWO_BY_TWO, "--set", f"name={name}"]
+        document = json.loads(self("submit", "tiny", *options, *argv).stdout)
+        return Run(Path(document["folder"]))
+
+    def state(self, run: Run) -> str:
+        return str(json.loads(self("status", run.root, "--json").stdout)["state"])
+
+    def wait(self, run: Run, until: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
+        end = time.monotonic() + timeout_s
+        while not until():
+            assert time.monotonic() < end, f"{what} did not happen in {timeout_s:g} s\n{story(run)}"
+            failed = [event for event in run.events("failed")]
+            assert not failed, f"{failed}\n{story(run)}"
+            time.sleep(1)
+
+    def finish(self, run: Run, timeout_s: float = 600) -> None:
+        self.wait(run, lambda: bool(run.events("finished")), "the end", timeout_s)
+
+
+def story(run: Run) -> str:
+    """What there is to know about a run that did not do what it should."""
+    parts = [json.dumps(event) for event in run.events()]
+    for log in sorted([*run.root.glob("lives/*/*.log"), *run.submitit.glob("*.out"), *run.submitit.glob("*.err")]):
+        parts += [f"== {log.relative_to(run.root)}", *log.read_text(errors="replace").splitlines()[-15:]]
+    return "\n".join(parts)
+
+
+def steps(run: Run) -> list[dict[str, Any]]:
+    """What must not differ between an interrupted and an uninterrupted run."""
+    exact = ("step", "epoch", "loss", "grad_norm", "learning_rate", "samples_sha", "tokens", "useful_tokens")
+    return [{key: row[key] for key in exact} for row in metrics.read(run.metrics_file, "train")]
+
+
+def weights_sha(run: Run) -> dict[str, str]:
+    files = sorted(run.model.glob("*.safetensors"))
+    assert files, f"no weights in {run.model}"
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def assert_same(run: Run, reference: Run) -> None:
+    assert steps(run) == steps(reference)
+    assert weights_sha(run) == weights_sha(reference)
+    evaluations = [[(row["step"], row["loss"]) for row in metrics.read(one.metrics_file, "eval")] for one in (run, reference)]
+    assert evaluations[0] == evaluations[1]
+
+
+@pytest.fixture(scope="module")
+def line(cluster: Cluster) -> Line:
+    folder = cluster.home
+    site = folder / "site.yaml"
+    site.write_text(SITE.read_text())
+    site.chmod(0o644)
+    made = Line(cluster, folder)
+    made("build", "tiny", "--site", site, timeout=1500)
+    return made
+
+
+@pytest.fixture(scope="module")
+def reference(line: Line) -> Run:
+    """The uninterrupted run that the others are compared with."""
+    run = line.submit(name="reference")
+    line.finish(run)
+    assert run.lives_started() == 1
+    return run
+
+
+@pytest.fixture
+def another(line: Line) -> Iterator[Callable[..., str]]:
+    """Submits a job of somebody more important, and takes it away at the end."""
+    jobs: list[str] = []
+
+    def submit_job(seconds: int = 5) -> str:
+        options = ["--parsable", "-p", "high", "-N", "2", "--exclusive", "-t", "5", "-o", "/dev/null", "--wrap", f"sleep {seconds}"]
+        jobs.append(line.cluster.run("sbatch", *options).stdout.strip())
+        return jobs[-1]
+
+    yield submit_job
+    for job in jobs:
+        line.cluster.run("scancel", job, check=False)
+
+
+def in_the_middle_of_an_epoch(run: Run) -> Callable[[], bool]:
+    """Some steps in, and not about to end."""
+    return lambda: 20 <= len(metrics.read(run.metrics_file, "train"))
+
+
+def test_reference_trains(line: Line, reference: Run) -> None:
+    rows = metrics.read(reference.metrics_file, "train")
+    plan = reference.plan()
+    assert len(rows) == plan.total_steps and len(rows) >= 100
+    assert plan.world_size == 4 and plan.batch.samples_per_rank == (7, 6, 6, 6)
+    assert sum(row["loss"] for row in rows[-10:]) < 0.8 * sum(row["loss"] for row in rows[:10])
+    assert [manifest.epoch for manifest in committed(reference) if manifest.epoch] == [1, 2]
+    assert line.state(reference) == "finished"
+    assert {path.name for path in reference.report.glob("*.png")} <= {"train-loss.png", "eval-loss.png", "learning-rate.png"}
+
+
+def test_preempted_and_requeued(line: Line, reference: Run, another: Callable[..., str]) -> None:
+    run = line.submit("--partition", "low", name="preempted")
+    line.wait(run, in_the_middle_of_an_epoch(run), "training")
+    another()
+    line.finish(run)
+    assert run.lives_started() == 2
+    assert [event["life"] for event in run.events("requeued")] == [0]
+    assert_same(run, reference)
+
+
+def test_follow_up_job_where_requeue_is_forbidden(line: Line, reference: Run, another: Callable[..., str]) -> None:
+    up = REPOSITORY / "tests" / "hpc" / "up"
+    subprocess.run([up, "--job-requeue", "0"], check=True, stdin=subprocess.DEVNULL)
+    try:
+        run = line.submit("--partition", "low", name="no-requeue")
+        line.wait(run, in_the_middle_of_an_epoch(run), "training")
+        another()
+        line.finish(run)
+    finally:
+        subprocess.run([up], check=True, stdin=subprocess.DEVNULL)
+    assert run.lives_started() == 2
+    jobs = [event["job_id"] for event in run.events("started")]
+    assert len(set(jobs)) == 2, f"the same job went on: {jobs}"
+    assert_same(run, reference)
+
+
+def test_three_minutes_at_a_time(line: Line, reference: Run) -> None:
+    run = line.submit("--time", "3m", name="short-lives")
+    line.finish(run, timeout_s=1200)
+    assert run.lives_started() >= 2
+    assert_same(run, reference)
+
+
+def test_one_rank_takes_the_same_samples(line: Line, reference: Run) -> None:
+    options = ["--nodes", "1", "--set", "ranks_per_node=1", "--set", "name=one-rank", "--set", "checkpoint.every=never"]
+    run = line.submit(*options, name="one-rank")
+    line.wait(run, lambda: len(metrics.read(run.metrics_file, "train")) >= 50, "50 steps")
+    line("cancel", run.root, "--now")
+    ours, theirs = (metrics.read(one.metrics_file, "train")[:50] for one in (run, reference))
+    assert [row["samples_sha"] for row in ours] == [row["samples_sha"] for row in theirs]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 1e-5
+
+
+def test_refused_account_is_one_line(line: Line) -> None:
+    done = line("submit", "tiny", "--site", line.folder / "site.yaml", "--new", "--account", "nonsense", check=False)
+    assert done.returncode == 5
+    assert "Traceback" not in done.stderr and "account" in done.stderr.splitlines()[-1].lower()

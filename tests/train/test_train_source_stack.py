@@ -1,0 +1,27 @@
+"""What must also hold on the source's pins, run again there: ``pytest -m source_stack tests/train`` in such an environment."""
+
+import pytest
+from test_train_models import test_flattened_documents_do_not_see_each_other  # noqa: F401
+from test_train_order import test_everything_but_biases_and_norms_decays, test_the_permutation_is_the_same_on_every_stack  # noqa: F401
+from test_train_ranks import (  # noqa: F401
+    test_25_samples_on_4_ranks_are_those_of_1_rank,
+    test_a_signal_to_one_rank_stops_all_and_the_resumed_run_is_the_uninterrupted_one,
+)
+from test_train_reference import test_50_step_losses_are_those_of_the_trainer  # noqa: F401
+from test_train_resume import (  # noqa: F401
+    data,
+    model,
+    test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit,
+    test_the_adapter_loads_on_its_base,
+    test_the_final_model_loads_with_its_tokenizer,
+)
+from training_runs import torch
+from transformers import __version__
+
+pytestmark = [
+    pytest.mark.source_stack,
+    pytest.mark.skipif(
+        (torch.__version__.split("+")[0], __version__) != ("2.3.0", "4.41.1"),
+        reason=f"needs torch 2.3.0 and transformers 4.41.1, this is {torch.__version__} and {__version__}: make test-source-stack",
+    ),
+]
