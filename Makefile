@@ -19,7 +19,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 golden: $(INSTALLED)  ## write the golden files anew; read the diff before committing it
-	$(VENV)/bin/python -m tests.golden
+	$(VENV)/bin/python -m tests.make_golden
 
 hpc-up:
 	tests/hpc/up

@@ -26,7 +26,7 @@ from launcher.run import Run
 from launcher.slurm.job import Job
 from launcher.slurm.tools import call
 
-CLEAN_TIMEOUT_S = 60
+CLEAN_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class Node:
             run.code,
         )
 
-    def clean(self) -> None:
-        """Remove what ``prepare`` left on the nodes; what cannot be removed now is swept by a later life."""
+    def clean(self, *, within_s: float = CLEAN_TIMEOUT_S) -> None:
+        """Remove what ``prepare`` left on the nodes; what is not removed by then is swept by a later life."""
         if self.plan.container.use == "none":
             return
         if self.job is None:
             remove(job=self.place.job, life=self.place.life, node=socket.gethostname())
             return
         command = remove_command(self.place.python, job=self.place.job, life=self.place.life)
-        call(self._step(command), environ=self._environment(), timeout_s=CLEAN_TIMEOUT_S)
+        call(self._step(command), environ=self._environment(), timeout_s=within_s)
 
     def _on_every_node(self, command: list[str], stop_wanted: Callable[[], bool]) -> None:
         log = self.run.life(self.place.life) / "unpack.log"

@@ -33,6 +33,8 @@ FIRST_REPEAT_S, LAST_REPEAT_S = 2.0, 16.0
 """A stop is passed on again and again, since a rank may not have had its handlers yet."""
 GRACE_S = 5.0
 """After the first bad exit the others get this long to end by themselves and say why."""
+CLEAN_BEFORE_REQUEUE_S = 10.0
+"""The grace time is for asking Slurm, not for removing files (an image took 38 s); what is left is swept by the next life on the node."""
 KILLED_WITHIN_S = 900.0
 """After a requeue was accepted Slurm kills the job; waiting longer than this means it does not."""
 
@@ -141,10 +143,12 @@ class Life:
         self._mind_cancellation()
         try:
             verdict = self._train(plan, node, lease)
-        finally:
+        except BaseException:
             node.clean()
+            raise
         if verdict.kind == "lost":
             self.say(verdict.cause)
+            node.clean()
             return RunStopped.exit_code
         return self._conclude(plan, node, verdict)
 
@@ -237,6 +241,7 @@ class Life:
         decision = decide(verdict, history(self.run, plan), plan, cancelled=self.wish.cancelled)
         if decision.event == "again" and node.job is not None:
             return self._go_on(plan, node, step, decision)
+        node.clean()
         if decision.event == "again":
             self.say("another life follows")
             return None
@@ -249,6 +254,7 @@ class Life:
         assert node.job is not None
         refused = ""
         if plan.site["continuation"] == "requeue":
+            node.clean(within_s=CLEAN_BEFORE_REQUEUE_S)
             answer, reason = node.job.requeue()
             if answer == "accepted":
                 self._event(node, "requeued", step=step, cause=decision.cause or None)
@@ -268,6 +274,7 @@ class Life:
             self.say(cause)
             return RunStopped.exit_code
         self._event(node, "continued", step=step, next_job_id=job_id, cause=refused or None)
+        node.clean()
         self.say(f"job {job_id} follows this one")
         return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
+AS_USER = REPOSITORY / "tests" / "hpc" / "as-ftuser"
 HPC = Path(os.environ.get("FTLAUNCH_HPC", "/var/lib/ftlaunch-hpc"))
 
 
@@ -22,6 +22,13 @@ class Cluster:
 
     root: Path
     user: str = "ftuser"
+
+    def readable(self, file: Path) -> Path:
+        """A copy of one of our files where the user can read it."""
+        copy = self.home / file.name
+        copy.write_bytes(file.read_bytes())
+        copy.chmod(0o644)
+        return copy
 
     @property
     def home(self) -> Path:
@@ -41,9 +48,9 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:
         """A command as the unprivileged user, in the stack's environment. Errors: AssertionError with both outputs."""
         assignments = [f"{name}={value}" for name, value in (env or {}).items()]
-        script = f'. {shlex.quote(str(self.root / "env"))}; cd {shlex.quote(str(cwd or self.home))}; exec "$@"'
         done = subprocess.run(
-            ["runuser", "-u", self.user, "--", "env", *assignments, "bash", "-c", script, "-", *map(str, argv)],
+            [AS_USER, *(["env", *assignments] if assignments else []), *map(str, argv)],
+            cwd=cwd or self.home,
             capture_output=True,
             text=True,
             timeout=timeout,

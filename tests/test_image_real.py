@@ -111,7 +111,13 @@ def test_the_cpu_image(cluster: Cluster, image: Container) -> None:
     assert record["debian_packages"]["python3.11"].startswith("3.11.2")
     assert 2 * record["bytes"] < record["unpacked_bytes"] < 6 * record["bytes"]
     assert build(cluster, "cpu", cluster.home / "images") == [{"container": json.loads(json.dumps(image.__dict__))}]
-    inside = cluster.run(*enter(image, str(image.image), ["sh", "-c", "cat /etc/apt/sources.list; grep -r /mnt /etc/apt /opt/venv/pyvenv.cfg /.singularity.d/env; echo $PATH"])).stdout
+    inside = cluster.run(
+        *enter(
+            image,
+            str(image.image),
+            ["sh", "-c", "cat /etc/apt/sources.list; grep -r /mnt /etc/apt /opt/venv/pyvenv.cfg /.singularity.d/env; echo $PATH"],
+        )
+    ).stdout
     assert inside == "/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
 
 

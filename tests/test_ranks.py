@@ -29,7 +29,13 @@ def test_rank_in_a_container() -> None:
     command = rank_command(RUN, plan, IN_JOB)
     assert command[:7] == ["/venv/bin/python", "-m", "launcher.image.rank", "7", "3", "--", "/opt/bin/apptainer"]
     binds = [command[index + 1] for index, word in enumerate(command) if word == "--bind"]
-    assert binds == ["/scratch", "/runs/toy-01234567:/runs/toy-01234567", "/data/model:/data/model:ro", "/data/tokens:/data/tokens:ro", "/etc/ib"]
+    assert binds == [
+        "/scratch",
+        "/runs/toy-01234567:/runs/toy-01234567",
+        "/data/model:/data/model:ro",
+        "/data/tokens:/data/tokens:ro",
+        "/etc/ib",
+    ]
     assert command[command.index("--pwd") + 1] == "/runs/toy-01234567/code"
     inside = dict(word.split("=", 1) for word in command[command.index("env") + 1 : command.index("python3")])
     wanted = {"PYTHONPATH": "/runs/toy-01234567/code", "MY_FLAG": "a b", "HF_HUB_OFFLINE": "1", "NCCL_SOCKET_IFNAME": "ib0"}

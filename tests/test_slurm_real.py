@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -164,6 +166,56 @@ def test_follow_up_job_where_requeue_is_forbidden(toy_on_slurm: Callable[..., Ru
     assert names(run) == ["submitted", "started", "stop_requested", "continued", "started", "finished"], story(run)
     assert "disabled" in run.events("continued")[0]["cause"]
     assert [event["job_id"] for event in run.events("started")][1] == run.events("continued")[0]["next_job_id"]
+
+
+def test_user_signal_at_preemption(toy_on_slurm: Callable[..., Run], preempt: Callable[[], None]) -> None:
+    """The batch step alone hears of it; the supervisor tells the ranks."""
+    up = REPOSITORY / "tests" / "hpc" / "up"
+    subprocess.run([up, "--preempt-signal", "user"], check=True, stdin=subprocess.DEVNULL)
+    try:
+        run = toy_on_slurm(LONG)
+        wait_until(lambda: trained(run) >= 5, run)
+        preempt()
+        wait_until(lambda: run.events("requeued"), run)
+        end_soon(run)
+        wait_until(lambda: run.events("finished", "failed"), run)
+    finally:
+        subprocess.run([up], check=True, stdin=subprocess.DEVNULL)
+    assert names(run) == ["submitted", "started", "stop_requested", "requeued", "started", "finished"], story(run)
+
+
+def test_stop_right_after_the_start_loses_nothing(cluster: Cluster, toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm(LONG)
+    wait_until(lambda: look_up([last_job_id(run)], find_tools())[last_job_id(run)].state == "running", run)
+    cluster.run("scancel", "--batch", "--signal=USR2", last_job_id(run))
+    wait_until(lambda: run.events("requeued", "failed"), run)
+    assert names(run)[-2:] == ["stop_requested", "requeued"] and "crashed" not in names(run), story(run)
+    (run.root / "toy.json").write_text(json.dumps({"steps": trained(run) + 5, "step_s": 0.1}))
+    wait_until(lambda: run.events("finished", "failed"), run)
+    assert names(run)[-2:] == ["started", "finished"], story(run)
+
+
+def test_resubmitted_where_the_site_says_so(cluster: Cluster, toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm(LONG, site={"continuation": "resubmit"})
+    wait_until(lambda: trained(run) >= 5, run)
+    cluster.run("scancel", "--batch", "--signal=USR2", last_job_id(run))
+    wait_until(lambda: run.events("continued"), run)
+    end_soon(run)
+    wait_until(lambda: run.events("finished", "failed"), run)
+    assert names(run) == ["submitted", "started", "stop_requested", "continued", "started", "finished"], story(run)
+
+
+def test_killed_without_notice_is_failed_and_can_be_resumed(cluster: Cluster, toy_on_slurm: Callable[..., Run]) -> None:
+    run = toy_on_slurm({**LONG, "every": 3})
+    wait_until(lambda: committed(run), run)
+    os.kill(run.events("started")[0]["pid"], signal.SIGKILL)  # every node is this machine
+    wait_until(lambda: gone_from_queue(run), run)
+    assert state(run) == "failed" and names(run) == ["submitted", "started"], story(run)
+    end_soon(run)
+    script = "import sys; from pathlib import Path; from launcher.run import Run; from launcher.submit import resume"
+    cluster.run(cluster.python, "-c", f"{script}; resume(Run(Path(sys.argv[1])))", run.root)
+    wait_until(lambda: run.events("finished"), run)
+    assert names(run)[2:] == ["resumed", "started", "finished"], story(run)
 
 
 def test_time_limit_over_lives(toy_on_slurm: Callable[..., Run]) -> None:

@@ -52,7 +52,7 @@ class Line:
         end = time.monotonic() + timeout_s
         while not until():
             assert time.monotonic() < end, f"{what} did not happen in {timeout_s:g} s\n{story(run)}"
-            failed = [event for event in run.events("failed")]
+            failed = list(run.events("failed"))
             assert not failed, f"{failed}\n{story(run)}"
             time.sleep(1)
 
@@ -124,7 +124,7 @@ def another(line: Line) -> Iterator[Callable[..., str]]:
 
 def in_the_middle_of_an_epoch(run: Run) -> Callable[[], bool]:
     """Some steps in, and not about to end."""
-    return lambda: 20 <= len(metrics.read(run.metrics_file, "train"))
+    return lambda: len(metrics.read(run.metrics_file, "train")) >= 20
 
 
 def test_reference_trains(line: Line, reference: Run) -> None:

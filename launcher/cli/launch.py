@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher.cli.line import Line, Wish, container_of, planned, read, refuse, rendered, staged
 from launcher.cli.show import say, show_findings
-from launcher.errors import GateError, UsageError
+from launcher.errors import Finding, GateError, MissingError, UsageError
 from launcher.plan import Container, Plan, to_json
 from launcher.preset.choose import Chosen
 from launcher.preset.hardware import Hardware
@@ -41,9 +41,8 @@ def launch(line: Line, *, new: bool) -> Launched:
     _refuse_what_cannot_run(line, plan)
     show_findings([finding for finding in findings if finding.level == "warning"])
     runs = line.folders.runs
+    _require(line)
     container = container_of(line)
-    if container.use == "none" and line.stack is not None:
-        _compare_with_host(line.stack.value)
     plan, findings = planned(line, container, staged(line, container))
     refuse(findings)
     existing = None if new else find_existing(plan, runs)
@@ -135,12 +134,27 @@ def _refuse_what_cannot_run(line: Line, plan: Plan) -> None:
         raise GateError(findings=[replace(finding, level="error") for finding in findings])
 
 
-def _compare_with_host(stack: Stack) -> None:
-    """Without a container the installed packages train: a difference from the stack is worth a warning, a missing one an error."""
+def _require(line: Line) -> None:
+    """What a submission needs of this machine, before anything is built or fetched. Errors: MissingError with all that is missing."""
+    from launcher.image.apptainer import find_apptainer
     from launcher.image.host import check_host
+    from launcher.slurm.tools import find_tools
 
-    findings = check_host(stack)
-    show_findings(findings)
+    site = line.site.value
+    missing: list[Finding] = []
+    needs: list[Callable[[], object]] = [find_tools] if site.scheduler == "slurm" else []
+    if site.container.use == "apptainer":
+        needs.append(lambda: find_apptainer(site.container))
+    elif line.stack is not None:
+        stack = line.stack.value
+        needs.append(lambda: show_findings(check_host(stack)))
+    for need in needs:
+        try:
+            need()
+        except MissingError as error:
+            missing += error.findings
+    if missing:
+        raise MissingError(findings=missing)
 
 
 def _as_chosen(line: Line, container: Container) -> Container:

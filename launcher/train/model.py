@@ -41,6 +41,8 @@ def load_model(plan: Plan, folder: str, ranks: Ranks) -> Any:
     if plan.preset["parallelism"] == "device_map":
         arguments["device_map"] = _device_map(plan, config)
         LOG.info("device map: %s", arguments["device_map"])
+    elif ranks.device.type == "cuda":
+        arguments["device_map"] = {"": ranks.device.index}  # straight to the GPU: the ranks of a node do not fill its RAM with copies
     model: Any = AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True, **arguments)
     if training["activation_checkpointing"] == "full":
         # transformers 5 renames it

@@ -8,7 +8,7 @@ from typing import Any
 from launcher.errors import UsageError
 from launcher.plan import Plan, Staged
 
-_LATER = {
+_SUPPORTED = {
     "parallelism": ("single", "ddp", "device_map"),
     "attention": ("eager", "sdpa"),
     "data.packing": ("none", "flatten", "concatenate"),
@@ -25,8 +25,8 @@ def require_supported(plan: Plan) -> Staged:
         "training.optimizer": plan.preset["training"]["optimizer"],
     }
     for key, value in values.items():
-        if value not in _LATER[key]:
-            raise UsageError(f"{value} is not here yet", code="not-here-yet", key=key, hint=f"one of {', '.join(_LATER[key])}")
+        if value not in _SUPPORTED[key]:
+            raise UsageError(f"{value} is not here yet", code="not-here-yet", key=key, hint=f"one of {', '.join(_SUPPORTED[key])}")
     dtype = plan.preset["training"]["dtype"]
     if dtype == "bf16_pure":
         raise UsageError("bf16_pure needs stochastic rounding, not here yet", code="not-here-yet", key="training.dtype", hint="bf16")

@@ -74,9 +74,8 @@ def test_50_step_losses_are_those_of_the_trainer(tmp_path, model_type):
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    reference = Reference(
-        AutoModelForCausalLM.from_pretrained(model), arguments, train_dataset=[padded(samples, index) for index in range(SAMPLES)]
-    )
+    rows = [padded(samples, index) for index in range(SAMPLES)]
+    reference = Reference(AutoModelForCausalLM.from_pretrained(model), arguments, train_dataset=rows)
     reference.losses = []
     reference.train()
     rates = [entry["learning_rate"] for entry in reference.state.log_history if "learning_rate" in entry]

@@ -1,7 +1,7 @@
 """What must also hold on the source's pins, run again there: ``pytest -m source_stack tests/train`` in such an environment."""
 
 import pytest
-from test_train_models import test_flattened_documents_do_not_see_each_other  # noqa: F401
+from test_train_models import test_15b_over_six_80_gb_gpus, test_flattened_documents_do_not_see_each_other  # noqa: F401
 from test_train_order import test_everything_but_biases_and_norms_decays, test_the_permutation_is_the_same_on_every_stack  # noqa: F401
 from test_train_ranks import (  # noqa: F401
     test_25_samples_on_4_ranks_are_those_of_1_rank,
