@@ -28,6 +28,16 @@ from launcher.slurm.tools import call
 
 CLEAN_TIMEOUT_S = 60.0
 
+STOP_DEATHS = frozenset({-signal.SIGTERM, -signal.SIGUSR2, 128 + signal.SIGTERM, 128 + signal.SIGUSR2})
+"""Exit codes of a process that met a stop before it had handlers."""
+
+TO_THE_RANKS = "the scheduler, to the ranks"
+"""Source of a stop that this process did not hear of: at a preemption Slurm tells only the steps."""
+
+
+class StepAskedToStop(Exception):
+    """The scheduler ended the step that was making the image ready."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -104,6 +114,8 @@ class Node:
                 step.wait()
                 return
             time.sleep(0.2)
+        if step.returncode in STOP_DEATHS:
+            raise StepAskedToStop(TO_THE_RANKS)
         if step.returncode != 0:
             error = ActionError if step.returncode != GateError.exit_code else GateError
             raise error(f"the image could not be made usable on every node: {_reason(log)}; see {log}", code="unpack")

@@ -19,6 +19,7 @@ from launcher.files import write_text
 from launcher.plan import Plan, write_plan
 from launcher.run import Run, boot_id, is_process_alive, process_start, read_lease
 from launcher.runs import code_sha, copy_code
+from launcher.slurm.queue import look_up
 from launcher.slurm.tools import call, clean_environment
 
 
@@ -28,10 +29,11 @@ def submit(run: Run) -> str:
     Errors: ActionError (5) with the scheduler's own reason, after which a run that never lived is gone again.
     """
     with _alone(run):
+        fresh = not run.events()
         try:
             return _start(run, "submitted")
         except FtlaunchError:
-            if not run.events():
+            if fresh:
                 shutil.rmtree(run.root)
             raise
 
@@ -85,7 +87,7 @@ def cancel(run: Run, *, now: bool) -> None:
             raise ActionError(f"scancel: {asked.reason}", code="scancel")
         return
     answer = call([scancel, job_id])
-    if answer.code != 0:
+    if answer.code != 0 and look_up([job_id], run.record()["tools"])[job_id].state in ("pending", "running", "ending", "unknown"):
         raise ActionError(f"scancel: {answer.reason}", code="scancel")
     run.append_event("cancelled", life=life, job_id=job_id)
 

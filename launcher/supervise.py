@@ -12,22 +12,37 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from launcher.continuation import Decision, decide, did_a_step, history, newest, whole
 from launcher.errors import EXIT_STOPPED, FtlaunchError, GateError, RunFailed, RunStopped
-from launcher.node import Node, node_here, node_of_job
+from launcher.node import STOP_DEATHS, TO_THE_RANKS, Node, StepAskedToStop, node_here, node_of_job
 from launcher.plan import Plan
 from launcher.processes import Ranks
-from launcher.run import Lease, Run, Verdict, boot_id, now, process_start, read_exit_records, renew_lease, take_lease, verdict_of
+from launcher.run import (
+    ExitRecord,
+    Lease,
+    Run,
+    Verdict,
+    boot_id,
+    now,
+    process_start,
+    read_exit_records,
+    renew_lease,
+    take_lease,
+    verdict_of,
+)
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 """TERM and USR2 stop the life; INT, from a person, ends automatic continuation as well. QUIT kills the ranks."""
 
-LOOK_S = 0.2
+LOOK_S = 0.3
+RECORDS_S = 2.0
+"""Exit records are looked for this often: a shared file system is not for polling."""
 HEARTBEAT_S = 30.0
 FIRST_REPEAT_S, LAST_REPEAT_S = 2.0, 16.0
 """A stop is passed on again and again, since a rank may not have had its handlers yet."""
@@ -37,9 +52,6 @@ CLEAN_BEFORE_REQUEUE_S = 10.0
 """The grace time is for asking Slurm, not for removing files (an image took 38 s); what is left is swept by the next life on the node."""
 KILLED_WITHIN_S = 900.0
 """After a requeue was accepted Slurm kills the job; waiting longer than this means it does not."""
-
-STOP_DEATHS = frozenset({-signal.SIGTERM, -signal.SIGUSR2, 128 + signal.SIGTERM, 128 + signal.SIGUSR2})
-"""Exit codes of a process that met a stop before it had handlers."""
 
 
 class Wish:
@@ -156,6 +168,8 @@ class Life:
         if self.wish.source is None:
             try:
                 node.prepare(lambda: self.wish.source is not None)
+            except StepAskedToStop as error:
+                self.wish.source = str(error)
             except GateError as error:
                 return Verdict("failed", str(error), retry=False)
             except FtlaunchError as error:
@@ -174,7 +188,7 @@ class Life:
         """Until every rank has ended, by itself or by our hand."""
         asked = killed = False
         heartbeat = time.monotonic() + HEARTBEAT_S
-        repeat_at, repeat_s, deadline = 0.0, FIRST_REPEAT_S, float("inf")
+        repeat_at, repeat_s, records_at, deadline = 0.0, FIRST_REPEAT_S, 0.0, float("inf")
         while not ranks.all_ended():
             clock = time.monotonic()
             if self.wish.source is not None and not asked:
@@ -186,12 +200,13 @@ class Life:
                 repeat_at, repeat_s = clock + repeat_s, min(2 * repeat_s, LAST_REPEAT_S)
             if clock >= heartbeat:
                 heartbeat = clock + HEARTBEAT_S
-                self._mind_cancellation()
-                if not renew_lease(self.run, lease):
+                if not self._is_ours(lease):
                     ranks.kill()
                     return Verdict("lost", "a newer life owns the run; this one has ended its ranks")
-            if self._bad(ranks) and deadline == float("inf"):
+            if deadline == float("inf") and (_any_bad(ranks.exit_codes().values()) or (clock >= records_at and self._left_bad_record())):
                 deadline = clock + GRACE_S
+            if clock >= records_at:
+                records_at = clock + RECORDS_S
             if self.wish.kill or clock >= deadline:
                 codes, killed = ranks.exit_codes(), True
                 ranks.kill()
@@ -201,29 +216,37 @@ class Life:
             codes = ranks.exit_codes()
         return self._verdict(node, codes, ranks, asked)
 
-    def _bad(self, ranks: Ranks) -> bool:
-        if any(code not in (0, EXIT_STOPPED) for code in ranks.exit_codes().values()):
+    def _is_ours(self, lease: Lease) -> bool:
+        """Heartbeat. A file system that fails for a moment, or is full, must not end the training."""
+        try:
+            self._mind_cancellation()
+            return renew_lease(self.run, lease)
+        except OSError as error:
+            self.say(f"no heartbeat: {error}")
             return True
-        return any(record.exit_code not in (0, EXIT_STOPPED) for record in read_exit_records(self.run, self.number))
+
+    def _left_bad_record(self) -> bool:
+        try:
+            return _any_bad(record.exit_code for record in read_exit_records(self.run, self.number))
+        except OSError:
+            return False
 
     def _verdict(self, node: Node, codes: dict[int, int], ranks: Ranks, asked: bool) -> Verdict:
         """From exit codes and exit records; the rank that ended badly first gives the cause."""
         records = {record.rank: record for record in read_exit_records(self.run, self.number)}
-        bad = [record for record in records.values() if record.exit_code not in (0, EXIT_STOPPED)]
-        for record in sorted(bad, key=lambda record: record.time):
-            codes.setdefault(record.rank, record.exit_code)
+        codes = in_order_of_failure(codes, records)
         self.say(f"exit codes by rank: {codes}")
         if self.wish.kill:
             return Verdict("stopped", "the ranks were killed on request")
         if not asked and codes and set(codes.values()) <= {0, EXIT_STOPPED, *STOP_DEATHS} and set(codes.values()) != {0}:
             asked = True
-            self._event(node, "stop_requested", source="the scheduler, to the ranks")
+            self._event(node, "stop_requested", source=TO_THE_RANKS)
         verdict = verdict_of(codes, asked)
         if verdict.kind == "stopped" and verdict.cause and not self.wish.cancelled and did_a_step(self.run, self.number):
             verdict = Verdict("failed", f"stopped {verdict.cause}")
         if not verdict.cause:
             return verdict
-        rank = next((rank for rank, code in codes.items() if code not in (0, EXIT_STOPPED)), None)
+        rank = next((rank for rank, code in codes.items() if _any_bad([code])), None)
         reason = records[rank].reason if rank in records else ranks.last_words()
         log = "" if rank is None else f"see {self.run.rank_log(self.number, rank)}"
         return Verdict(verdict.kind, "; ".join(filter(None, (verdict.cause, reason, log))), verdict.retry)
@@ -294,7 +317,31 @@ class Life:
             self.wish.source = self.wish.source or "cancel"
 
     def _event(self, node: Node, event: str, **details: object) -> None:
-        self.run.append_event(event, life=self.number, job_id=node.job_id, **details)
+        for last in (False, False, True):
+            try:
+                self.run.append_event(event, life=self.number, job_id=node.job_id, **details)
+                return
+            except OSError as error:
+                self.say(f"event {event} could not be written: {error}")
+                if last:
+                    return
+                time.sleep(1)
+
+
+def in_order_of_failure(codes: Mapping[int, int], records: Mapping[int, ExitRecord]) -> dict[int, int]:
+    """Exit codes with those of bad records added, ordered so that the first bad one is the cause and the others its consequence.
+
+    They come in the order in which they were seen, deaths by signal first; of ranks that left records, those know it better.
+    """
+    codes = {**codes, **{rank: record.exit_code for rank, record in records.items() if _any_bad([record.exit_code]) and rank not in codes}}
+    told = [rank for rank, code in codes.items() if _any_bad([code]) and rank in records]
+    by_time = iter(sorted(told, key=lambda rank: records[rank].time))
+    order = [next(by_time) if rank in told else rank for rank in codes]
+    return {rank: codes[rank] for rank in order}
+
+
+def _any_bad(codes: Iterable[int]) -> bool:
+    return any(code not in (0, EXIT_STOPPED) for code in codes)
 
 
 def _log(run: Run, life: int) -> Callable[[str], None]:
@@ -302,10 +349,11 @@ def _log(run: Run, life: int) -> Callable[[str], None]:
 
     def say(message: str) -> None:
         line = f"{now()} life {life}: {message}\n"
-        with open(run.supervisor_log(life), "a", encoding="utf-8") as log:
+        with suppress(OSError):
+            sys.stderr.write(line)
+            sys.stderr.flush()
+        with suppress(OSError), open(run.supervisor_log(life), "a", encoding="utf-8") as log:
             log.write(line)
-        sys.stderr.write(line)
-        sys.stderr.flush()
 
     return say
 

@@ -280,7 +280,8 @@ def test_local_indexes_and_wheels_get_a_place_in_the_build(tmp_path: Path) -> No
         "find-links": wheels.as_uri(),
     }
     binds = write_sources(Sources(pip, {"Acquire::Check-Date": "false"}, bundle), mount)
-    assert binds == [f"{index.parent}:/mnt/extra-index-url-0:ro", f"{wheels}:/mnt/find-links-1:ro"]
+    assert binds == [f"{tmp_path}/extra-index-url-0:/mnt/extra-index-url-0:ro", f"{tmp_path}/find-links-1:/mnt/find-links-1:ro"]
+    assert [(tmp_path / name).readlink() for name in ("extra-index-url-0", "find-links-1")] == [index.parent, wheels]
     assert (mount / "pip.conf").read_text() == (
         "[global]\nindex-url = https://mirror.invalid/simple\n"
         "extra-index-url = file:///mnt/extra-index-url-0/simple\n    https://b.invalid\n"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,30 @@ From: base.sif
 
 def build(cluster: Cluster, stack: object, images: Path, *, template: Path | None = None, **mirrors: str) -> list[dict[str, Any]]:
     """``ensure_image`` as the cluster's user; what it said, the result last."""
-    site = str(REPOSITORY / "tests" / "hpc" / "site.yaml")
-    wanted = {"stack": str(stack), "site": site, "images": str(images), "template": template and str(template), "mirrors": mirrors}
-    done = cluster.run(cluster.python, "-c", BUILD, json.dumps(wanted), timeout=3600)
+    done = cluster.run(cluster.python, "-c", BUILD, build_argument(stack, images, template, **mirrors), timeout=3600)
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def build_argument(stack: object, images: Path, template: Path | None, **mirrors: str) -> str:
+    site = str(REPOSITORY / "tests" / "hpc" / "site.yaml")
+    return json.dumps(
+        {"stack": str(stack), "site": site, "images": str(images), "template": template and str(template), "mirrors": mirrors}
+    )
+
+
+def start(cluster: Cluster, *argv: object) -> subprocess.Popen[str]:
+    """A command as the cluster's user that goes on while the test does."""
+    shell = f'. "{cluster.root}/env"; export LD_PRELOAD=; exec "$@"'
+    command = ["runuser", "-u", cluster.user, "--", "bash", "-c", shell, "-", *map(str, argv)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, cwd=cluster.home)
+
+
+def next_line(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, process.communicate()[1]
+    found: dict[str, Any] = json.loads(line)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -141,24 +161,20 @@ def test_a_second_build_waits_for_the_first(cluster: Cluster, folder: Path) -> N
     cluster.run("mkfifo", folder / "wheels" / "go")
     (folder / "wheels" / "go").chmod(0o666)
     stack, template = small_stack(folder, post="read go < /mnt/find-links-0/go", test="[ -e /check.py ]")
-    command = [cluster.python, "-uc", BUILD]
-    wanted = {"stack": str(stack), "site": str(REPOSITORY / "tests" / "hpc" / "site.yaml"), "images": str(folder / "images")}
-    argument = json.dumps({**wanted, "template": str(template), "mirrors": {"pip_index": "x", "pip_find_links": str(folder / "wheels")}})
-    outputs: list[list[dict[str, Any]]] = [[], []]
-
-    def run(number: int) -> None:
-        done = cluster.run(*command, argument, timeout=120)
-        outputs[number] += [json.loads(line) for line in done.stdout.splitlines()]
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
-    for thread in threads:
-        thread.start()
-    (folder / "wheels" / "go").write_text("go\n")
-    for thread in threads:
-        thread.join()
-    assert outputs[0][-1] == outputs[1][-1]
-    assert Path(outputs[0][-1]["container"]["image"]).is_file()
-    assert sum("building" in line.get("log", "") for output in outputs for line in output) == 1
+    images, wheels = folder / "images", str(folder / "wheels")
+    argument = build_argument(stack, images, template, pip_index="https://mirror.invalid", pip_find_links=wheels)
+    builders = [start(cluster, cluster.python, "-uc", BUILD, argument)]
+    assert "building" in next_line(builders[0])["log"]
+    builders.append(start(cluster, cluster.python, "-uc", BUILD, argument))
+    assert "waiting for it" in next_line(builders[1])["log"]
+    gate = os.open(folder / "wheels" / "go", os.O_RDWR)
+    os.write(gate, b"go\n")
+    rests = [[json.loads(line) for line in builder.communicate(timeout=120)[0].splitlines()] for builder in builders]
+    os.close(gate)
+    assert ["built" in line.get("log", "") for line in rests[0]] == [True, False], rests
+    assert rests[1] == rests[0][1:]
+    assert Path(rests[1][0]["container"]["image"]).is_file()
+    assert sorted(path.suffix for path in images.iterdir()) == ["", ".json", ".sif"]
 
 
 # ---- on the nodes
@@ -180,20 +196,10 @@ def test_entered_on_two_nodes_unpacked_and_removed(cluster: Cluster, image: Cont
     folder = cluster.home / "entered, with a comma: and colon"
     cluster.run("mkdir", "-p", folder)
     (folder / "x.py").write_text(ON_NODE)
-    spread = ["srun", "--nodes=2", "--ntasks-per-node=1", "--mpi=none", "--account=project", "--partition=high", "--overlap"]
-    job = cluster.run(
-        "sbatch",
-        "--parsable",
-        "--account=project",
-        "--partition=high",
-        "--nodes=2",
-        "--cpus-per-task=1",
-        "--mem=4G",
-        "--time=10",
-        "--wrap=sleep 600",
-    )
+    options = ["--account=project", "--partition=high", "--nodes=2", "--cpus-per-task=1", "--mem=4G", "--time=10"]
+    job = cluster.run("sbatch", "--parsable", "--output=/dev/null", *options, "--wrap=sleep 600")
     number = job.stdout.strip()
-    here = [*spread[:4], f"--jobid={number}", "--overlap"]
+    here = ["srun", "--nodes=2", "--ntasks-per-node=1", "--mpi=none", f"--jobid={number}", "--overlap"]
     try:
         wait = ["bash", "-c", 'until [ "$(squeue -h -o %T -j "$1")" = RUNNING ]; do sleep 0.2; done', "-", number]
         cluster.run(*wait, timeout=120)
@@ -213,25 +219,10 @@ def test_entered_on_two_nodes_unpacked_and_removed(cluster: Cluster, image: Cont
             env={"A": "$(id), b"},
             cwd=str(folder),
         )
-        ranks = subprocess.Popen(
-            [
-                "runuser",
-                "-u",
-                cluster.user,
-                "--",
-                "bash",
-                "-c",
-                f'. {cluster.root}/env; export LD_PRELOAD= PYTHONPATH=/nowhere; exec "$@"',
-                "-",
-                *here,
-                *rank,
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        ranks = start(cluster, *here, *rank)
         assert ranks.stdout is not None
         lines = sorted(ranks.stdout.readline() for _ in range(4))
+        assert all(lines), ranks.communicate()
         assert lines[2:] == [f"up 2.13.0+cpu node{n + 1} {n} $(id), b None\n" for n in (0, 1)]
         assert lines[:2] == [f"bound ['x.py'] False {folder}\n"] * 2
         cluster.run("scancel", "--signal=USR2", f"{number}.1")

@@ -152,6 +152,8 @@ def test_accounting_is_asked_for_what_left_the_queue(slurm: FakeSlurm) -> None:
         pytest.param({"code": 1, "err": "Invalid job id"}, {"code": 1, "err": "no accounting"}, "unknown", id="no-accounting"),
         pytest.param({"code": 1, "err": "Unable to contact slurm controller"}, {"out": ""}, "unknown", id="no-controller"),
         pytest.param({"code": 1, "err": "Unable to contact"}, {"out": "7|FAILED|1:0\n"}, "failed", id="accounting-alone"),
+        pytest.param({"out": ""}, {"out": "7|REQUEUED|0:9\n"}, "gone", id="requeued-then-cancelled"),
+        pytest.param({"code": 1, "err": "Unable to contact"}, {"out": "7|REQUEUED|0:9\n"}, "pending", id="requeued-and-no-controller"),
         pytest.param({"out": "rubbish\n|||\n"}, {"out": "\x00\xff\n"}, "gone", id="rubbish"),
     ],
 )

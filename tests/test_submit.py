@@ -395,7 +395,7 @@ def test_submission_by_submitit(tmp_path: Path, slurm: FakeSlurm, monkeypatch: p
             "Batch job submission failed: Invalid account or account/partition combination specified",
             id="account",
         ),
-        pytest.param({"code": 1, "err": "sbatch: lua: give a time\nsbatch: error: refused\n"}, "refused", id="lua"),
+        pytest.param({"code": 1, "err": "sbatch: lua: give a time\nsbatch: error: refused\n"}, "lua: give a time; refused", id="lua"),
         pytest.param({"code": 0, "out": ""}, "exit code 0", id="silence"),
         pytest.param({"code": 0, "out": "Submitted, I think\n"}, "Submitted, I think", id="no-number"),
     ],
@@ -406,6 +406,14 @@ def test_refusal_is_one_line_and_leaves_nothing(tmp_path: Path, slurm: FakeSlurm
     with pytest.raises(ActionError, match="sbatch refused") as caught:
         submit(run)
     assert message in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 5
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_supervisor_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
+    run = toy_run(tmp_path / "runs", toy_plan())
+    run.record_file.write_text(run.record_file.read_text().replace(sys.executable, "/nowhere/python"))
+    with pytest.raises(ActionError, match="/nowhere/python: No such file"):
+        submit(run)
     assert list((tmp_path / "runs").iterdir()) == []
 
 
@@ -457,10 +465,21 @@ def test_cancel_now_ends_the_newest_job(tmp_path: Path, slurm: FakeSlurm) -> Non
     assert state_of(run, Known("running")) == "cancelled"
 
 
+def test_cancel_of_a_job_that_is_gone_already(tmp_path: Path, slurm: FakeSlurm) -> None:
+    """Seen: scancel of a job that was just requeued ends it and says ``Invalid job id``."""
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    submit(run)
+    slurm.answer("scancel", {"code": 1, "err": "scancel: error: Kill job error on job step id 4711: Invalid job id specified\n"})
+    slurm.answer("squeue", {"out": "4711|CANCELLED|None\n"})
+    cancel(run, now=True)
+    assert names(run)[-1] == "cancelled"
+
+
 def test_cancel_that_slurm_refuses(tmp_path: Path, slurm: FakeSlurm) -> None:
     run = toy_run(tmp_path / "runs", slurm_plan())
     submit(run)
     slurm.answer("scancel", {"code": 1, "err": "scancel: error: Kill job error on job id 4711: Access denied\n"})
+    slurm.answer("squeue", {"out": "4711|RUNNING|None\n"})
     with pytest.raises(ActionError, match="Access denied"):
         cancel(run, now=True)
     assert "cancelled" not in names(run)

@@ -16,8 +16,8 @@ import pytest
 
 from launcher import metrics
 from launcher.checkpoint import committed
-from launcher.run import Run, process_start, read_lease, take_lease
-from launcher.supervise import claim_life
+from launcher.run import ExitRecord, Run, process_start, read_lease, take_lease
+from launcher.supervise import claim_life, in_order_of_failure
 from tests.toy import names, toy_plan, toy_run
 
 FOREVER = {"steps": 1_000_000, "step_s": 0.02}
@@ -167,6 +167,24 @@ def test_killed_rank_is_named(tmp_path: Path, supervisor: Any) -> None:
     assert "rank 0 was killed by signal 9" in run.events("failed")[0]["cause"]
 
 
+def record(rank: int, code: int, time: str) -> ExitRecord:
+    return ExitRecord(rank, code, 0, "", "", time)
+
+
+@pytest.mark.parametrize(
+    ("codes", "records", "order"),
+    [
+        pytest.param({0: 1, 1: 1}, [record(0, 1, "b"), record(1, 1, "a")], [1, 0], id="records-know-who-was-first"),
+        pytest.param({1: -9, 0: 1}, [record(0, 1, "a")], [1, 0], id="a-killed-peer-comes-first"),
+        pytest.param({0: 1, 1: -6}, [record(0, 1, "a")], [0, 1], id="an-abort-seen-later-is-a-consequence"),
+        pytest.param({}, [record(3, 1, "b"), record(2, 1, "a"), record(1, 85, "0")], [2, 3], id="records-of-ranks-that-hang-in-their-exit"),
+        pytest.param({0: 85, 1: 0, 2: 1}, [record(0, 85, "a"), record(2, 1, "b")], [0, 1, 2], id="good-ones-stay"),
+    ],
+)
+def test_order_of_failure(codes: dict[int, int], records: list[ExitRecord], order: list[int]) -> None:
+    assert list(in_order_of_failure(codes, {one.rank: one for one in records})) == order
+
+
 def test_do_not_retry(tmp_path: Path, supervisor: Any) -> None:
     run = toy_run(tmp_path, toy_plan(), faults=[{"rank": 1, "step": 1, "what": 93}])
     assert supervisor(run).wait(60) == 6, story(run)
@@ -225,6 +243,19 @@ def test_older_life_is_refused(tmp_path: Path) -> None:
 def test_lives_are_claimed_once(tmp_path: Path) -> None:
     run = toy_run(tmp_path, toy_plan())
     assert [claim_life(run), claim_life(run), claim_life(run)] == [0, 1, 2]
+
+
+def test_full_disk_does_not_end_the_training(tmp_path: Path, supervisor: Any) -> None:
+    """The heartbeat cannot be written; the ranks go on."""
+    run = toy_run(tmp_path, toy_plan(), steps=100, step_s=0.02)
+    source = run.code / "launcher" / "supervise.py"
+    source.write_text(source.read_text().replace("HEARTBEAT_S = 30.0", "HEARTBEAT_S = 0.1"))
+    process = supervisor(run)
+    wait_until(lambda: trained(run) >= 2, run)
+    run.lease_file.unlink()
+    run.lease_file.mkdir()
+    assert process.wait(60) == 0, story(run)
+    assert "no heartbeat" in run.supervisor_log(0).read_text()
 
 
 def test_broken_plan_is_one_line(tmp_path: Path, supervisor: Any) -> None:

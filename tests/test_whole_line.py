@@ -25,8 +25,9 @@ pytestmark = pytest.mark.slurm
 
 SITE = REPOSITORY / "tests" / "hpc" / "site.yaml"
 
-TWO_BY_TWO = ["--nodes", "2", "--set", "ranks_per_node=2", "--set", "training.effective_batch=25", "--set", "training.micro_batch=3"]
-"""25 samples on 4 ranks: 7, 6, 6, 6."""
+SETTINGS = ["ranks_per_node=2", "training.effective_batch=25", "training.micro_batch=3", "training.epochs=6", "data.num_samples=600"]
+TWO_BY_TWO = ["--nodes", "2", *(word for setting in SETTINGS for word in ("--set", setting))]
+"""25 samples on 4 ranks: 7, 6, 6, 6; and enough steps for several lives."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def test_reference_trains(line: Line, reference: Run) -> None:
     assert len(rows) == plan.total_steps and len(rows) >= 100
     assert plan.world_size == 4 and plan.batch.samples_per_rank == (7, 6, 6, 6)
     assert sum(row["loss"] for row in rows[-10:]) < 0.8 * sum(row["loss"] for row in rows[:10])
-    assert [manifest.epoch for manifest in committed(reference) if manifest.epoch] == [1, 2]
+    assert [manifest.epoch for manifest in committed(reference) if manifest.epoch] == [1, 2, 3, 4, 5, 6]
     assert line.state(reference) == "finished"
     assert {path.name for path in reference.report.glob("*.png")} <= {"train-loss.png", "eval-loss.png", "learning-rate.png"}
 
@@ -165,7 +166,9 @@ def test_follow_up_job_where_requeue_is_forbidden(line: Line, reference: Run, an
 
 
 def test_three_minutes_at_a_time(line: Line, reference: Run) -> None:
-    run = line.submit("--time", "3m", name="short-lives")
+    site = line.folder / "early-notice.yaml"
+    site.write_text((line.folder / "site.yaml").read_text().replace("signal_lead_s: 45", "signal_lead_s: 90"))
+    run = line.submit("--time", "3m", "--site", site, name="short-lives")
     line.finish(run, timeout_s=1200)
     assert run.lives_started() >= 2
     assert_same(run, reference)

@@ -25,7 +25,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: asked.append(number))
     (run.life(life) / f"environment-{rank}.json").write_text(json.dumps(dict(os.environ)))
-    plan, done = run.plan(life), checkpoint.committed(run)
+    plan, done = run.plan(life), [manifest for manifest in checkpoint.committed(run) if manifest.life < life]
     step = done[-1].step if done else 0
     while step < toy["steps"]:
         if asked:

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _conclude(run: Run, state: str) -> int:
     try:
         drawn = {"plots": ", ".join(file.name for file in plots(run)) + f" in {run.report}"}
     except FtlaunchError as error:
-        show_findings(error.findings)
+        show_findings([replace(finding, level="advice") for finding in error.findings])
     show_plan({**dict(table(run)), "model": str(run.model), "checkpoints": str(run.checkpoints), **drawn})
     for command in (f"ftlaunch report {run.id}", f"ftlaunch logs {run.id}"):
         out().print(f"  {command}", markup=False)

@@ -23,7 +23,7 @@ from launcher.image.apptainer import ask, find_apptainer, labels, last_line
 from launcher.image.claim import SCRATCH, Holder, claim
 from launcher.image.definition import build_arguments, identity, image_files, render_definition
 from launcher.image.disk import choose_folder
-from launcher.image.enter import bind, clean_environment
+from launcher.image.enter import clean_environment
 from launcher.image.mirrors import debian_mirror, machine_sources, write_sources
 from launcher.image.sweep import remove_tree
 from launcher.plan import Container
@@ -129,8 +129,8 @@ def _build(command: str, argv: Sequence[str], stack: Stack, wanted: str, part: P
 
 def _command(command: str, stack: Stack, text: str, files: Mapping[str, str], site: Site, part: Path, scratch: Path) -> list[str]:
     """Lay out what the build reads, in ``scratch``: ``definition`` (where it runs) and ``mnt`` (bound to ``/mnt``); its argument list."""
-    definition, mount = scratch / "definition", scratch / "mnt"
-    for folder in (definition, mount, scratch / "tmp"):
+    definition, mnt = scratch / "definition", scratch / "mnt"
+    for folder in (definition, mnt, scratch / "tmp"):
         folder.mkdir()
     for name, content in {**files, "image.def": text}.items():
         write_text(definition / name, content, mode=0o644)
@@ -142,8 +142,8 @@ def _command(command: str, stack: Stack, text: str, files: Mapping[str, str], si
         mirror = debian_mirror(site.mirrors, stack.base.suite)
     elif stack.base.kind == "localimage":
         (definition / "base.sif").symlink_to(Path(stack.base.path).absolute())
-    binds = [bind(str(mount), "/mnt"), *write_sources(machine_sources(site.mirrors), mount)]
-    options = [word for value in binds for word in ("--bind", value)]
+    binds = [f"{mnt}:/mnt", *write_sources(machine_sources(site.mirrors), mnt)]
+    options = [word for value in binds for word in ("--bind", value)]  # a build takes --mount once only (1.4.5)
     options += [word for name, value in build_arguments(stack, mirror).items() for word in ("--build-arg", f"{name}={value}")]
     return [command, "build", "--fakeroot", *SQUASH, *options, str(part), "image.def"]
 

@@ -38,7 +38,8 @@ KEPT_PREFIXES = (
 )
 """Names that begin so are kept as well: the scheduler's, and what tunes network and arithmetic."""
 
-_BIND_SPECIAL = re.compile(r"([:,\\])")
+_PART = r"(?:\\.|[^:\\])+"
+_BIND = re.compile(rf"(?=/){_PART}(:(?=/){_PART}(:{_PART})?)?")
 
 
 def enter(
@@ -59,15 +60,13 @@ def enter(
     the node can read an argument list: a secret goes through the environment (``HF_TOKEN``). ``argv`` begins with ``python3``, a name
     that every image has. Run it with ``env=clean_environment(os.environ)``.
 
-    Errors: UsageError when a bind has a comma that is not escaped (Apptainer would take it for two).
+    Errors: UsageError when a bind is not of that form.
     """
     command = [container.command, "exec", "--no-home", "--no-mount", "cwd", "--no-eval"]
     if gpus:
         command.append("--nv")
     for value in (*container.binds, *binds):
-        if re.search(r"(?<!\\),", value):
-            raise UsageError(f"bind {value!r} holds a comma", code="bind", hint="write \\, for a comma in a path; one entry for each bind")
-        command += ["--bind", value]
+        command += mount(value)
     if cwd is not None:
         command += ["--pwd", cwd]
     inside = {"PYTHONNOUSERSITE": "1", **container.env, **env}
@@ -75,9 +74,25 @@ def enter(
 
 
 def bind(source: str, target: str | None = None, *, read_only: bool = False) -> str:
-    """A bind for ``enter``, with ``:`` and ``,`` in the paths escaped. ``target`` is ``source`` unless given."""
-    parts = [_BIND_SPECIAL.sub(r"\\\1", part) for part in (source, target or source)]
+    """A bind for ``enter``, with ``:`` in the paths escaped. ``target`` is ``source`` unless given."""
+    parts = [re.sub(r"([:\\])", r"\\\1", part) for part in (source, target or source)]
     return ":".join([*parts, "ro"] if read_only else parts)
+
+
+def mount(value: str) -> list[str]:
+    """The option for one bind ``source[:target[:options]]``.
+
+    As ``--mount``, whose fields can be quoted: ``--bind`` drops spaces beside an escaped character, and takes a comma for the end.
+    Errors: UsageError.
+    """
+    if not _BIND.fullmatch(value):
+        hint = "source[:target[:options]], absolute paths, \\: for a colon in a path"
+        raise UsageError(f"{value!r} is not a bind", code="bind", key="binds", hint=hint)
+    source, *rest = (re.sub(r"\\(.)", r"\1", part) for part in re.findall(_PART, value))
+    target, options = [*rest, *[source, ""][len(rest) :]]
+    kept = [option for option in options.split(",") if option not in ("", "rw")]
+    fields = ["type=bind", f"source={source}", f"destination={target}", *kept]
+    return ["--mount", ",".join('"' + field.replace('"', '""') + '"' if re.search('[",]', field) else field for field in fields)]
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:

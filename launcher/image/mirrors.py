@@ -19,7 +19,6 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from launcher.errors import MissingError, UsageError
-from launcher.image.enter import bind
 from launcher.preset.site import Mirrors
 
 _PIP_KEYS = ("index-url", "extra-index-url", "find-links", "trusted-host", "proxy", "timeout", "default-timeout", "no-index")
@@ -67,19 +66,23 @@ def debian_mirror(mirrors: Mirrors, suite: str) -> str:
 
 
 def write_sources(sources: Sources, folder: Path) -> list[str]:
-    """Write the folder that is bound to ``/mnt``; the binds that go into it beside (local indexes and wheels), targets included."""
+    """Write the folder that is bound to ``/mnt``; the binds that go into it beside (local indexes and wheels).
+
+    Beside ``folder`` it leaves a link to each source, since ``--bind`` cannot be given every path.
+    """
     binds: list[str] = []
 
     def moved(value: str, name: str, *, with_parent: bool) -> str:
         """A local folder gets a place below ``/mnt``; everything else stays as it is."""
         address = urlsplit(value)
-        if address.scheme not in ("", "file"):
+        path = Path(unquote(address.path) if address.scheme == "file" else value)
+        if address.scheme not in ("", "file") or not path.is_absolute():
             return value
-        path = Path(unquote(address.path))
         source = path.parent if with_parent else path
         place = f"{name}-{len(binds)}"
         (folder / place).mkdir()
-        binds.append(bind(str(source.resolve()), f"/mnt/{place}", read_only=True))
+        (folder.parent / place).symlink_to(source.absolute())  # a name without spaces, commas and colons
+        binds.append(f"{folder.parent / place}:/mnt/{place}:ro")
         return f"file:///mnt/{place}/{quote(path.name)}" if with_parent else f"/mnt/{place}"
 
     pip = dict(sources.pip)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ REQUIRED = ("sbatch", "srun", "scontrol", "scancel")
 OPTIONAL = ("squeue", "sacct")
 
 TIMEOUT_S = 60
+
+_PREFIX = re.compile(r"^(sbatch|scontrol|scancel|squeue|sacct|srun): (error: )?")
 
 _SCRUBBED_PREFIXES = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI", "SUBMITIT_", "FTLAUNCH_LIFE", "FTLAUNCH_SUBMITIT")
 _SCRUBBED_NAMES = frozenset(["PYTHONPATH", "PYTHONHOME", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
@@ -30,10 +33,9 @@ class Answer:
 
     @property
     def reason(self) -> str:
-        """The first line that says something, without the program's own prefix."""
-        lines = [line.strip() for line in (self.stderr or self.stdout).splitlines() if line.strip()]
-        wanted = next((line for line in lines if "error" in line.lower()), lines[0] if lines else f"exit code {self.code}")
-        return wanted.partition("error: ")[2] or wanted
+        """What it said, on one line: a site's own message often comes before Slurm's."""
+        lines = [_PREFIX.sub("", line.strip()) for line in (self.stderr or self.stdout).splitlines() if line.strip()]
+        return "; ".join(lines)[:500] or f"exit code {self.code}"
 
 
 def find_tools() -> dict[str, str]:
