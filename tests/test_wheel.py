@@ -36,7 +36,8 @@ def test_check_and_render_a_shipped_preset(alone: Path, tmp_path: Path) -> None:
     assert document["plan"]["effective_batch"] == 25 and document["plan"]["gpus_per_node"] == 6
     rendered = ftlaunch(alone, tmp_path, "render", "starcoder2-15b", "--site", "slurm", "--out", "out")
     assert rendered.returncode == 0, rendered.stderr
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "job.sbatch", "image.def"}
+    by_hand = {"requirements.lock", "stack.json", "check.py"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"plan.json", "job.sbatch", "image.def", *by_hand}
 
 
 def test_json_has_what_the_interface_promises(alone: Path, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def render(
     gpus: options.Gpus = None,
 ) -> None:
     """The definition, the batch script, the DeepSpeed config and the plan, as a submission would write them."""
-    from launcher.cli.line import Wish, planned, read, refuse, rendered
+    from launcher.cli.line import Wish, beside_definition, planned, read, refuse, rendered
     from launcher.run import Run
 
     asked = options.sbatch(account, partition, qos, time, constraint, reservation, nodes, gpus)
@@ -86,6 +86,7 @@ def render(
     show_findings([finding for finding in findings if finding.level == "warning"])
     files = rendered(line, plan, Run((folder or Path.cwd()).absolute()))
     if folder is not None:
+        files |= beside_definition(line)
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")

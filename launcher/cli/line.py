@@ -156,6 +156,15 @@ def definition_of(stack: Loaded[Stack]) -> str:
     return render_definition(stack.value, lock_of(stack))
 
 
+def beside_definition(line: Line) -> dict[str, str]:
+    """The files that a definition takes in, name → text: with them beside it the image can be built by hand."""
+    from launcher.image.definition import image_files
+
+    if line.stack is None or line.site.value.container.use == "none":
+        return {}
+    return image_files(line.stack.value, lock_of(line.stack))
+
+
 def lock_of(stack: Loaded[Stack]) -> str:
     """The lock beside a stack's file. Errors: UsageError."""
     file = stack.file.with_suffix(".lock")
