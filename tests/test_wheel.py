@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,18 @@ def test_submit_says_what_to_install(alone: Path, tmp_path: Path, site: str, wor
 def test_render_for_a_slurm_site_needs_no_folders(alone: Path, tmp_path: Path) -> None:
     done = ftlaunch(alone, tmp_path, "submit", "starcoder2-3b", "--site", "slurm")
     assert done.returncode == 2 and "runs:" in done.stderr and "images:" in done.stderr and "data:" in done.stderr
+
+
+def test_a_sites_own_batch_template_replaces_ours(alone: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.sbatch.j2").write_text(
+        "#!/bin/sh\n#SBATCH --job-name={{ run_id | sh }}\nexec {{ python | sh }} -m launcher.supervise {{ run | sh }}\n"
+    )
+    (tmp_path / "site.yaml").write_text("extends: slurm\nname: here\nsource: this test\nbatch_template: own.sbatch.j2\n")
+    done = ftlaunch(alone, tmp_path, "render", "tiny", "--site", "site.yaml", "--out", "out")
+    assert done.returncode == 0, done.stderr
+    script = (tmp_path / "out" / "job.sbatch").read_text()
+    expected = rf"#!/bin/sh\n#SBATCH --job-name=out\nexec {alone}/python[0-9.]* -m launcher\.supervise {tmp_path}/out\n"
+    assert re.fullmatch(expected, script), script
+    (tmp_path / "own.sbatch.j2").write_text("#!/bin/sh\n{{ nonsense | sh }}\n")
+    wrong = ftlaunch(alone, tmp_path, "render", "tiny", "--site", "site.yaml", "--out", "out")
+    assert wrong.returncode == 2 and "own.sbatch.j2" in wrong.stderr and "nonsense" in wrong.stderr

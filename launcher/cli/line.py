@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.cli.show import say, show_findings
@@ -69,7 +69,7 @@ def read(wish: Wish) -> Line:
     options = {f"slurm.{key}" if key in SLURM_KEYS else key: value for key, value in (wish.options or {}).items()}
     preset = read_preset(wish.preset, settings=wish.settings, options=options)
     config = read_config()
-    site = read_site(choose_site(wish.site, environ=os.environ, config=config, preset=preset).value)
+    site = _with_absolute_template(read_site(choose_site(wish.site, environ=os.environ, config=config, preset=preset).value))
     named = preset.value.stack
     return Line(
         wish,
@@ -188,7 +188,8 @@ def rendered(line: Line, plan: Plan, run: Run) -> dict[str, str]:
     from launcher.render import render
 
     definition = definition_of(line.stack) if line.stack is not None and plan.container.use == "apptainer" else None
-    return render(plan, run, python=sys.executable, definition=definition)
+    own = line.site.value.batch_template
+    return render(plan, run, python=sys.executable, definition=definition, template=Path(own) if own else None)
 
 
 def folders_of(site: Site) -> Folders:
@@ -218,3 +219,10 @@ def site_of(option: str | None) -> Site:
     """The site of a command that has no preset: ``--site``, ``$FTLAUNCH_SITE``, the user's configuration, ``local``."""
     config = read_config()
     return read_site(option or os.environ.get("FTLAUNCH_SITE") or (config.value.site if config else None) or "local").value
+
+
+def _with_absolute_template(site: Loaded[Site]) -> Loaded[Site]:
+    own = site.value.batch_template
+    if own is None:
+        return site
+    return replace(site, value=site.value.model_copy(update={"batch_template": str(site.file.absolute().parent / own)}))

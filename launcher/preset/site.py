@@ -103,6 +103,8 @@ class Site(Frozen):
     cache: Text | None = None
     modules: list[Word] = []
     """Loaded in the batch script, never purged."""
+    batch_template: Text | None = None
+    """A jinja2 file in the place of ``templates/slurm/job.sbatch.j2``; a relative path counts from the site's file."""
     network: Network = Network()
     mirrors: Mirrors = Mirrors()
     submit_limit: Annotated[int, Field(gt=0)] | None = None
