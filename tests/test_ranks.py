@@ -28,13 +28,13 @@ def test_rank_in_a_container() -> None:
     plan = toy_plan(container=IMAGE, staged=STAGED, site={"network": {"binds": ["/etc/ib"], "ifname": "ib0"}})
     command = rank_command(RUN, plan, IN_JOB)
     assert command[:7] == ["/venv/bin/python", "-m", "launcher.image.rank", "7", "3", "--", "/opt/bin/apptainer"]
-    binds = [command[index + 1] for index, word in enumerate(command) if word == "--bind"]
-    assert binds == [
-        "/scratch",
-        "/runs/toy-01234567:/runs/toy-01234567",
-        "/data/model:/data/model:ro",
-        "/data/tokens:/data/tokens:ro",
-        "/etc/ib",
+    mounts = [command[index + 1] for index, word in enumerate(command) if word == "--mount"]
+    assert mounts == [
+        "type=bind,source=/scratch,destination=/scratch",
+        "type=bind,source=/runs/toy-01234567,destination=/runs/toy-01234567",
+        "type=bind,source=/data/model,destination=/data/model,ro",
+        "type=bind,source=/data/tokens,destination=/data/tokens,ro",
+        "type=bind,source=/etc/ib,destination=/etc/ib",
     ]
     assert command[command.index("--pwd") + 1] == "/runs/toy-01234567/code"
     inside = dict(word.split("=", 1) for word in command[command.index("env") + 1 : command.index("python3")])

@@ -241,7 +241,7 @@ def test_the_command_in_a_container(tmp_path: Path) -> None:
     argv, inherited = where._command("fetch", Path("/data/r.json"), Path("/data/s"), [Path("/my data")])
     assert argv[:2] == ["/usr/bin/apptainer", "exec"]
     assert argv[-4:] == ["python3", "-m", "launcher.stage.fetch", "/data/r.json"]
-    assert {"/data:/data", "/my data:/my data:ro"} <= set(argv)
+    assert {"type=bind,source=/data,destination=/data", "type=bind,source=/my data,destination=/my data,ro"} <= set(argv)
     assert "PYTHONPATH=/opt/ftlaunch" in argv
     assert not [argument for argument in argv if "canary" in argument]
     assert inherited == {"HF_TOKEN": "hf_canary"}
