@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.cli import options
-from launcher.cli.show import out, show_json, show_plan, show_rows
+from launcher.cli.show import out, say, show_json, show_plan, show_rows
 from launcher.errors import UsageError
 from launcher.run import Run
 
@@ -41,7 +41,11 @@ def submit(
     from launcher.cli.line import Wish, read
 
     asked = options.sbatch(account, partition, qos, time, constraint, reservation, nodes, gpus)
-    launched = launch(read(Wish(preset, site, tuple(settings or ()), asked, tuple(allow or ()))), new=new)
+    try:
+        launched = launch(read(Wish(preset, site, tuple(settings or ()), asked, tuple(allow or ()))), new=new)
+    except KeyboardInterrupt:
+        say("interrupted before the run was submitted; the same command goes on with what is built and staged already")
+        raise typer.Exit(130) from None
     _show_launched(launched, as_json)
     if follow and launched.state != "finished":
         _follow(launched.run)
