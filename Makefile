@@ -36,6 +36,7 @@ test-image-cuda: $(INSTALLED)  ## build torch2.3-cu121 for real (3.2 GB, about 1
 	$(VENV)/bin/python -m pytest -m image_cuda
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: $(PYTHON) is older than 3.11; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[train,report,dev]'
 	touch $@

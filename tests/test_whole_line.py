@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from launcher import metrics
 from launcher.checkpoint import committed
+from launcher.files import read_json_lines
 from launcher.run import Run
 from tests.conftest import REPOSITORY, Cluster
 
@@ -131,8 +133,25 @@ def another(line: Line) -> Iterator[Callable[..., str]]:
 
 
 def in_the_middle_of_an_epoch(run: Run) -> Callable[[], bool]:
-    """Some steps in, and not about to end."""
-    return lambda: len(metrics.read(run.metrics_file, "train")) >= 20
+    """Half an epoch in: about 22 steps are one."""
+    return lambda: len(metrics.read(run.metrics_file, "train")) >= 10
+
+
+def assert_went_on_at_the_next_step(run: Run, handed_over: Literal["requeued", "continued"]) -> None:
+    """Each life but the last saved when it was asked to, and the next began with the step after it: nothing was done twice."""
+    assert not run.events("crashed")
+    first_steps: dict[int, int] = {}
+    for row in read_json_lines(run.metrics_file):
+        if row["kind"] == "train":
+            first_steps.setdefault(row["life"], row["step"])
+    stops = {event["life"]: event["step"] for event in run.events("checkpoint") if event["reason"] == "stop"}
+    ends = {event["life"]: event["step"] for event in run.events(handed_over)}
+    assert ends and stops == ends
+    assert first_steps == {0: 1, **{life + 1: step + 1 for life, step in ends.items()}}
+    plan = run.plan()
+    assert plan.staged is not None
+    epochs = [math.ceil(epoch * plan.staged.train_samples / plan.batch.effective_batch) for epoch in range(1, 9)]
+    assert ends[0] not in epochs, "it was stopped at the end of an epoch, not in one"
 
 
 def test_reference_trains(line: Line, reference: Run) -> None:
@@ -152,7 +171,7 @@ def test_preempted_and_requeued(line: Line, reference: Run, another: Callable[..
     another()
     line.finish(run)
     assert run.lives_started() == 2
-    assert [event["life"] for event in run.events("requeued")] == [0]
+    assert_went_on_at_the_next_step(run, "requeued")
     assert_same(run, reference)
 
 
@@ -169,6 +188,7 @@ def test_follow_up_job_where_requeue_is_forbidden(line: Line, reference: Run, an
     assert run.lives_started() == 2
     jobs = [event["job_id"] for event in run.events("started")]
     assert len(set(jobs)) == 2, f"the same job went on: {jobs}"
+    assert_went_on_at_the_next_step(run, "continued")
     assert_same(run, reference)
 
 
@@ -178,7 +198,23 @@ def test_three_minutes_at_a_time(line: Line, reference: Run) -> None:
     run = line.submit("--time", "3m", "--site", site, name="short-lives")
     line.finish(run, timeout_s=1200)
     assert run.lives_started() >= 2
+    assert_went_on_at_the_next_step(run, "requeued")
     assert_same(run, reference)
+
+
+def test_resume_with_another_walltime(line: Line, reference: Run) -> None:
+    """Changed where it may change, refused where it would be another run."""
+    other = line("resume", reference.root, "--from", "epoch-7", "--set", "training.learning_rate=1", check=False)
+    assert other.returncode == 2 and "training.learning_rate" in other.stderr
+    run = line.submit("--set", "checkpoint.every=epoch", name="resumed")
+    line.wait(run, lambda: len(metrics.read(run.metrics_file, "train")) >= 3, "training")
+    line("cancel", run.root)
+    line.wait(run, lambda: bool(run.events("stopped", "cancelled")), "the stop")
+    line("resume", run.root, "--time", "20m", "--set", "slurm.partition=high")
+    line.wait(run, lambda: len(run.events("started")) == 2, "the next life")
+    script = run.job_file(1).read_text()
+    assert "--time=0-00:20:00" in script and "--partition=high" in script
+    line("cancel", run.root, "--now")
 
 
 def test_one_rank_takes_the_same_samples(line: Line, reference: Run) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
 from launcher.cli import before, operate
 from launcher.cli.show import show_error
-from launcher.errors import FtlaunchError
+from launcher.errors import ActionError, FtlaunchError
 
 app = typer.Typer(
     name="ftlaunch",
@@ -29,6 +30,12 @@ def main() -> None:
     """The one exit point: every error for users becomes one line for each finding and its class's exit code."""
     try:
         app()
+    except OSError as error:  # a folder that cannot be made, a full disk: no bug of ours, so no traceback
+        _leave(ActionError(error.strerror or str(error), code="file-system", file=error.filename and str(error.filename)))
     except FtlaunchError as error:
-        show_error(error, as_json="--json" in sys.argv)
-        sys.exit(error.exit_code)
+        _leave(error)
+
+
+def _leave(error: FtlaunchError) -> NoReturn:
+    show_error(error, as_json="--json" in sys.argv)
+    sys.exit(error.exit_code)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.cli import options
-from launcher.cli.show import out, say, show_findings, show_json, show_plan, show_rows
+from launcher.cli.show import out, say, show_files, show_findings, show_json, show_plan, show_rows, show_text
 from launcher.errors import Finding, FtlaunchError
 
 
@@ -91,12 +91,8 @@ def render(
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
         say(f"{len(files)} files in {folder}")
-    if as_json:
-        show_json({"ok": True, "files": files})
-    elif folder is None:
-        for name, text in files.items():
-            out().rule(name)
-            out().print(text, markup=False, end="")
+    if as_json or folder is None:
+        show_files(files, as_json)
 
 
 def build(
@@ -111,7 +107,7 @@ def build(
 
     stack, chosen = stack_and_site(target, site)
     if print_only:
-        out().print(definition_of(stack), markup=False, end="")
+        show_text(definition_of(stack))
         return
     container = image_of(stack, chosen, force=force)
     if as_json:
@@ -151,7 +147,7 @@ def presets(
         if as_json:
             show_json({"ok": True, "preset": loaded.value.model_dump(mode="json")})
         else:
-            out().print(loaded.text, markup=False, end="")
+            show_text(loaded.text)
     elif action == "list" and name is None:
         rows = []
         for file in files:

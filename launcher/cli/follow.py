@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -14,11 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launcher import metrics
-from launcher.cli.launch import state_now
+from launcher.cli.launch import GOING, state_now, states_now
 from launcher.cli.show import out, progress, show_findings, show_plan
 from launcher.errors import FtlaunchError, RunFailed, RunStopped
 from launcher.files import read_json_lines
-from launcher.run import Run
+from launcher.run import Run, State
+from launcher.state import Known, state_of
+from launcher.submit import last_job_id
 
 QUEUE_LOOK_S = 60
 """Between questions to Slurm's controller, which serves everybody."""
@@ -26,28 +29,50 @@ QUEUE_LOOK_S = 60
 QUIET_EVENTS = frozenset({"checkpoint"})
 
 
-def facts_of(run: Run) -> dict[str, Any]:
-    """What ``status`` says of a run."""
-    from launcher.submit import last_job_id
+def facts_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """What ``status`` says of each run. One whose plan this version cannot read has a state and a cause."""
+    return [_facts(run, state) for run, state in zip(runs, states_now(runs))]
 
+
+def _facts(run: Run, state: State) -> dict[str, Any]:
     rows = metrics.read(run.metrics_file, "train")
-    plan = run.plan(max(0, run.lives_started() - 1))
     last = rows[-1] if rows else {}
     ends = run.events("failed", "stopped", "crashed")
-    state = state_now(run)
+    cause = ends[-1].get("cause") if ends and state in ("failed", "stopped", "cancelled") else None
+    life = max(0, run.lives_started() - 1)
+    try:
+        steps = run.plan(life).total_steps
+    except ValueError as error:
+        steps, cause = None, f"{run.plan_file(life)}: {error}"
     return {
         "id": run.id,
         "state": state,
-        "cause": ends[-1].get("cause") if ends and state in ("failed", "stopped", "cancelled") else None,
+        "cause": cause,
         "step": last.get("step", 0),
-        "steps": plan.total_steps,
+        "steps": steps,
         "epoch": last.get("epoch"),
         "loss": last.get("loss"),
-        "life": max(0, run.lives_started() - 1),
+        "life": life,
         "lives": run.lives_started(),
         "job": last_job_id(run),
         "folder": str(run.root),
     }
+
+
+def name_of(run: Run) -> str:
+    """What to type for this run: its id where commands look for it, else its folder."""
+    try:
+        return run.id if runs_folder().resolve() == run.root.parent.resolve() else str(run.root)
+    except FtlaunchError:
+        return str(run.root)
+
+
+def runs_folder() -> Path:
+    """Where this user's runs are. Errors: UsageError where the site says no folder."""
+    from launcher.cli.line import folders_of, site_of
+
+    own = os.environ.get("FTLAUNCH_RUNS")
+    return Path(own).absolute() if own else folders_of(site_of(None)).runs
 
 
 def follow_run(run: Run) -> int:
@@ -63,23 +88,23 @@ def follow_run(run: Run) -> int:
 
             state = follow(run, show.look)
     if state == "detached":
-        out().print(f"{run.id} goes on without this terminal: ftlaunch status {run.id}, ftlaunch cancel {run.id}", markup=False)
+        out().print(f"{run.id} goes on without this terminal: ftlaunch status {name_of(run)}, ftlaunch cancel {name_of(run)}", markup=False)
         return 0
     return _conclude(run, state)
 
 
 def _conclude(run: Run, state: str) -> int:
     """The end: a table, where everything is, what to type next."""
-    facts = facts_of(run)
+    facts = facts_of([run])[0]
     if state in ("failed", "lost"):
         error: FtlaunchError = RunFailed(
             f"{run.id} {state}: {facts['cause'] or 'no sign of life'}",
-            hint=f"ftlaunch logs {run.id}; then ftlaunch resume {run.id}",
+            hint=f"ftlaunch logs {name_of(run)}; then ftlaunch resume {name_of(run)}",
         )
         show_findings(error.findings)
         return RunFailed.exit_code
     if state != "finished":
-        out().print(f"{run.id} {state} at step {facts['step']}: ftlaunch resume {run.id} --follow", markup=False)
+        out().print(f"{run.id} {state} at step {facts['step']}: ftlaunch resume {name_of(run)} --follow", markup=False)
         return RunStopped.exit_code
     from launcher.report import plots, table
 
@@ -89,23 +114,24 @@ def _conclude(run: Run, state: str) -> int:
     except FtlaunchError as error:
         show_findings([replace(finding, level="advice") for finding in error.findings])
     show_plan({**dict(table(run)), "model": str(run.model), "checkpoints": str(run.checkpoints), **drawn})
-    for command in (f"ftlaunch report {run.id}", f"ftlaunch logs {run.id}"):
+    for command in (f"ftlaunch report {name_of(run)}", f"ftlaunch logs {name_of(run)}"):
         out().print(f"  {command}", markup=False)
     return 0
 
 
 def _watch_slurm(run: Run, look: Callable[[], None]) -> str:
-    """Until the run ends, or INT or HUP detach."""
+    """Until the run ends, or INT or HUP detach. The folder is looked at every second, Slurm asked every minute."""
     detached: list[int] = []
     before = {number: signal.signal(number, lambda heard, frame: detached.append(heard)) for number in (signal.SIGINT, signal.SIGHUP)}
-    asked_at, state = 0.0, "queued"
+    asked_at = time.monotonic()
     try:
         while not detached:
             look()
-            if run.events("finished", "failed", "stopped", "cancelled") or time.monotonic() - asked_at > QUEUE_LOOK_S:
+            state = state_of(run, Known())
+            if state in GOING and time.monotonic() - asked_at > QUEUE_LOOK_S:
                 asked_at, state = time.monotonic(), state_now(run)
-                if state not in ("queued", "running", "stopping", "continuing"):
-                    return state
+            if state not in GOING:
+                return state
             time.sleep(1)
         return "detached"
     finally:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.cli.line import Line, Wish, container_of, planned, read, refuse, rendered, staged
+from launcher.cli.line import Line, Wish, batch_script, container_of, planned, read, refuse, rendered, staged
 from launcher.cli.show import say, show_findings
 from launcher.errors import Finding, GateError, MissingError, UsageError
 from launcher.plan import Container, Plan, to_json
-from launcher.preset.choose import Chosen
+from launcher.preset.choose import SLURM_KEYS, Chosen
+from launcher.preset.fields import duration_text
 from launcher.preset.hardware import Hardware
-from launcher.preset.reading import Loaded
+from launcher.preset.reading import COMMAND_LINE, SET, Loaded
 from launcher.preset.site import Site
 from launcher.preset.stack import Stack
 from launcher.run import Run, State
+
+GOING: Collection[State] = ("queued", "running", "stopping", "continuing", "staging")
+"""States that end by themselves."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def launch(line: Line, *, new: bool) -> Launched:
 
     plan, findings = planned(line)
     refuse(findings)
-    _refuse_what_cannot_run(line, plan)
+    _refuse_what_cannot_run(findings)
     show_findings([finding for finding in findings if finding.level == "warning"])
     runs = line.folders.runs
     _require(line)
@@ -55,15 +59,25 @@ def launch(line: Line, *, new: bool) -> Launched:
     return _again(line, plan, existing)
 
 
-def state_now(run: Run) -> State:
-    """What the run is doing, asking Slurm where the folder cannot know."""
+def states_now(runs: Sequence[Run]) -> list[State]:
+    """What each run is doing. Slurm is asked once, and only about jobs whose end their folders do not tell."""
     from launcher.slurm.queue import look_up
     from launcher.state import Known, state_of
     from launcher.submit import last_job_id
 
-    job_id = last_job_id(run)
-    known = look_up([job_id], run.record()["tools"]) if job_id else {}
-    return state_of(run, known.get(job_id or "", Known()))
+    jobs: dict[int, str] = {}
+    tools: dict[str, str] = {}
+    states = [state_of(run, Known()) for run in runs]
+    for index, run in enumerate(runs):
+        job_id = last_job_id(run) if states[index] in GOING else None
+        if job_id is not None:
+            jobs[index], tools = job_id, run.record()["tools"]
+    known = look_up(list(jobs.values()), tools) if jobs else {}
+    return [state_of(run, known.get(jobs[index], Known())) if index in jobs else states[index] for index, run in enumerate(runs)]
+
+
+def state_now(run: Run) -> State:
+    return states_now([run])[0]
 
 
 def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_current: bool) -> Launched:
@@ -74,7 +88,7 @@ def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_curren
     state = state_now(run)
     if state == "finished" and from_checkpoint is None:
         raise UsageError(f"{run.id} is finished: {run.model}", code="finished", hint="to train on from an earlier point: --from epoch-1")
-    if state not in ("created", "stopped", "failed", "cancelled", "lost", "finished"):
+    if state in GOING:
         raise UsageError(f"{run.id} is {state}", code="alive", hint=f"ftlaunch status {run.id}")
     if not (wish.settings or wish.options or wish.allowed):
         return Launched(run, "resumed", "queued", resume(run, from_checkpoint=from_checkpoint, code_current=code_current))
@@ -88,28 +102,29 @@ def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_curren
         message = f"{', '.join(changed)} would make it another run: a resumed run keeps what determines its weights"
         raise UsageError(message, code="identity", hint="submit a preset with that change")
     plan = replace(plan, identity=before.identity)
-    files = rendered(line, plan, run)
-    job = resume(run, from_checkpoint=from_checkpoint, code_current=code_current, plan=plan, job_script=files.get("job.sbatch"))
+    script = batch_script(line, plan, run)
+    job = resume(run, from_checkpoint=from_checkpoint, code_current=code_current, plan=plan, job_script=script)
     return Launched(run, "resumed", "queued", job)
 
 
 def line_of(run: Run, plan: Plan, wish: Wish) -> Line:
     """What a run was made from, with ``wish`` laid over it."""
-    from launcher.preset.reading import model_facts
-
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix=f"{run.id}-") as file:
         file.write(json.dumps(_without_nulls(plan.preset)))
         file.flush()
         line = read(replace(wish, preset=file.name, site="local"))
-    site = _loaded(Site.model_validate(plan.site), run)
-    slurm = {**{key: Chosen(value, str(run.root)) for key, value in plan.slurm.items()}}
-    typed = {
-        key: Chosen(str(value), "command line") for key, value in (wish.options or {}).items() if value and key not in ("nodes", "gpus")
-    }
-    time = {"time": Chosen(line.preset.value.slurm.time, str(run.root))} if line.preset.value.slurm.time else {}
+    typed = {key: where for key, where in line.preset.provenance.items() if where.file in (SET, COMMAND_LINE)}
+    preset = replace(line.preset, file=run.plan_file(), provenance=typed)
+    slurm = {key: Chosen(value, str(run.root)) for key, value in plan.slurm.items()}
+    if plan.time_limit_min is not None:
+        slurm["time"] = Chosen(duration_text(plan.time_limit_min), str(run.root))
+    for key in SLURM_KEYS:
+        value = getattr(preset.value.slurm, key)
+        if f"slurm.{key}" in typed and value is not None:
+            slurm[key] = Chosen(value, COMMAND_LINE)
+    site, hardware = Site.model_validate(plan.site), Hardware.model_validate(plan.hardware)
     stack = _loaded(Stack.model_validate(plan.stack), run) if plan.stack else None
-    hardware = _loaded(Hardware.model_validate(plan.hardware), run)
-    return Line(wish, line.preset, hardware, site, stack, model_facts(line.preset.value), {**slurm, **time, **typed})
+    return replace(line, preset=preset, hardware=_loaded(hardware, run), site=_loaded(site, run), stack=stack, slurm=slurm)
 
 
 def _again(line: Line, plan: Plan, run: Run) -> Launched:
@@ -117,21 +132,29 @@ def _again(line: Line, plan: Plan, run: Run) -> Launched:
     from launcher.submit import resume
 
     state = state_now(run)
-    if state in ("queued", "running", "stopping", "continuing", "staging", "finished"):
+    if state in GOING or state == "finished":
         return Launched(run, "shown", state)
     before = run.plan(run.lives_started())
     if to_json(before) == to_json(plan):
         return Launched(run, "resumed", "queued", resume(run))
     say(f"{run.id} goes on with what changed")
-    return Launched(run, "resumed", "queued", resume(run, plan=plan, job_script=rendered(line, plan, run).get("job.sbatch")))
+    return Launched(run, "resumed", "queued", resume(run, plan=plan, job_script=batch_script(line, plan, run)))
 
 
-def _refuse_what_cannot_run(line: Line, plan: Plan) -> None:
+def preview(line: Line) -> dict[str, str]:
+    """The files that a submission would write, name → text, after the same gates. Errors: as ``launch``, but for what acts."""
+    plan, findings = planned(line)
+    refuse(findings)
+    _refuse_what_cannot_run(findings)
+    return rendered(line, plan, Run(line.folders.runs / f"{plan.name}-{plan.identity[:8]}"))
+
+
+def _refuse_what_cannot_run(findings: Sequence[Finding]) -> None:
     from launcher.hardware.gates import NOT_EXECUTED_YET
 
-    findings = [finding for finding in planned(line)[1] if finding.code == NOT_EXECUTED_YET]
-    if findings:
-        raise GateError(findings=[replace(finding, level="error") for finding in findings])
+    found = [replace(finding, level="error") for finding in findings if finding.code == NOT_EXECUTED_YET]
+    if found:
+        raise GateError(findings=found)
 
 
 def _require(line: Line) -> None:

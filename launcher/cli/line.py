@@ -192,6 +192,16 @@ def rendered(line: Line, plan: Plan, run: Run) -> dict[str, str]:
     return render(plan, run, python=sys.executable, definition=definition, template=Path(own) if own else None)
 
 
+def batch_script(line: Line, plan: Plan, run: Run) -> str | None:
+    """The batch script alone; None without Slurm."""
+    from launcher.render import job_script
+
+    own = line.site.value.batch_template
+    if line.site.value.scheduler != "slurm":
+        return None
+    return job_script(plan, run, python=sys.executable, template=Path(own) if own else None)
+
+
 def folders_of(site: Site) -> Folders:
     """Errors: UsageError where a Slurm site says none."""
     return choose_folders(site, environ=os.environ, home=Path.home(), cwd=Path.cwd())

@@ -8,9 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from launcher.cli import options
-from launcher.cli.show import out, say, show_json, show_plan, show_rows
+from launcher.cli.show import out, say, show_files, show_json, show_plan, show_rows
 from launcher.errors import UsageError
 from launcher.run import Run
+
+WATCH_S = 60
+"""Between two looks of ``status --watch``: Slurm's controller serves everybody."""
 
 
 def submit(
@@ -32,17 +35,17 @@ def submit(
     gpus: options.Gpus = None,
 ) -> None:
     """Check, build or reuse the image, stage, create the run folder, submit."""
-    if dry_run:
-        from launcher.cli.before import render
-
-        render(preset, None, site, settings, allow, as_json, account, partition, qos, time, constraint, reservation, nodes, gpus)
-        return
-    from launcher.cli.launch import launch
+    from launcher.cli.launch import launch, preview
     from launcher.cli.line import Wish, read
 
+    _one_document(as_json, follow, "--follow")
     asked = options.sbatch(account, partition, qos, time, constraint, reservation, nodes, gpus)
+    line = read(Wish(preset, site, tuple(settings or ()), asked, tuple(allow or ())))
+    if dry_run:
+        show_files(preview(line), as_json)
+        return
     try:
-        launched = launch(read(Wish(preset, site, tuple(settings or ()), asked, tuple(allow or ()))), new=new)
+        launched = launch(line, new=new)
     except KeyboardInterrupt:
         say("interrupted before the run was submitted; the same command goes on with what is built and staged already")
         raise typer.Exit(130) from None
@@ -74,6 +77,7 @@ def resume(
     from launcher.cli.launch import resume_run
     from launcher.cli.line import Wish
 
+    _one_document(as_json, follow, "--follow")
     if code not in ("recorded", "current"):
         raise UsageError(f"--code takes recorded or current, not {code!r}", key="--code")
     asked = options.sbatch(account, partition, qos, time, constraint, reservation, nodes, gpus)
@@ -93,27 +97,25 @@ def status(
     import time
 
     from launcher.cli.follow import facts_of
+    from launcher.cli.launch import GOING
     from launcher.runs import all_runs
 
+    _one_document(as_json, watch, "--watch")
     while True:
-        if run is None:
-            rows = [facts_of(found) for found in all_runs(_runs_folder())]
-            header = ("id", "state", "step", "steps", "loss", "life", "job")
-            if as_json:
-                show_json({"ok": True, "runs": rows})
-            else:
-                show_rows(header, [[row[key] for key in header] for row in rows])
-            going = any(row["state"] in ("queued", "running", "stopping", "continuing") for row in rows)
+        found = all_runs(_runs_folder()) if run is None else [_find(run)]
+        rows = facts_of(found)
+        if run is not None:
+            show_json({"ok": True, **rows[0]}) if as_json else show_plan(
+                {key: value for key, value in rows[0].items() if value is not None}
+            )
+        elif as_json:
+            show_json({"ok": True, "runs": rows})
         else:
-            facts = facts_of(_find(run))
-            if as_json:
-                show_json({"ok": True, **facts})
-            else:
-                show_plan({key: value for key, value in facts.items() if value is not None})
-            going = facts["state"] in ("queued", "running", "stopping", "continuing")
-        if not (watch and going):
+            header = ("id", "state", "step", "steps", "loss", "life", "job")
+            show_rows(header, [[row[key] for key in header] for row in rows])
+        if not (watch and any(row["state"] in GOING for row in rows)):
             return
-        time.sleep(60)
+        time.sleep(WATCH_S)
 
 
 def logs(
@@ -154,7 +156,7 @@ def cancel(
     if as_json:
         show_json({"ok": True, "id": found.id})
     else:
-        out().print(f"{found.id} was asked to end{'' if now else ' after a checkpoint'}; ftlaunch status {found.id}", markup=False)
+        out().print(f"{found.id} was asked to end{'' if now else ' after a checkpoint'}; ftlaunch status {run}", markup=False)
 
 
 def report(
@@ -178,10 +180,13 @@ def report(
 
 
 def _show_launched(launched: Any, as_json: bool) -> None:
+    from launcher.cli.follow import name_of
+
     run: Run = launched.run
-    commands = [f"ftlaunch status {run.id}", f"ftlaunch logs {run.id} -f", f"ftlaunch cancel {run.id}"]
+    name = name_of(run)
+    commands = [f"ftlaunch status {name}", f"ftlaunch logs {name} -f", f"ftlaunch cancel {name}"]
     if launched.state == "finished":
-        commands = [f"ftlaunch report {run.id}", "ftlaunch submit … --new"]
+        commands = [f"ftlaunch report {name}", "ftlaunch submit … --new"]
     if as_json:
         facts = {"id": run.id, "outcome": launched.outcome, "state": launched.state, "job": launched.job, "folder": str(run.root)}
         show_json({"ok": True, **facts, "next": commands})
@@ -191,6 +196,11 @@ def _show_launched(launched: Any, as_json: bool) -> None:
     out().print(f"{run.id} {what}{job}: {run.root}", markup=False)
     for command in commands:
         out().print(f"  {command}", markup=False)
+
+
+def _one_document(as_json: bool, asked: bool, option: str) -> None:
+    if as_json and asked:
+        raise UsageError(f"--json prints one document, {option} goes on printing", code="usage", key=option, hint="use one of them")
 
 
 def _follow(run: Run) -> None:
@@ -207,9 +217,6 @@ def _find(text: str) -> Run:
 
 
 def _runs_folder() -> Path:
-    """Where this user's runs are. Errors: UsageError where the site says no folder."""
-    import os
+    from launcher.cli.follow import runs_folder
 
-    from launcher.cli.line import folders_of, site_of
-
-    return Path(os.environ["FTLAUNCH_RUNS"]).absolute() if os.environ.get("FTLAUNCH_RUNS") else folders_of(site_of(None)).runs
+    return runs_folder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,11 +17,11 @@ STYLES = {"error": "bold red", "warning": "yellow", "advice": "cyan"}
 
 
 def out() -> Console:
-    return Console(highlight=False, soft_wrap=True)
+    return Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def progress() -> Console:
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(text: str) -> None:
@@ -29,7 +30,13 @@ def say(text: str) -> None:
 
 
 def show_json(value: Any) -> None:
-    out().print(json.dumps(value, indent=2), markup=False)
+    show_text(json.dumps(value, indent=2) + "\n")
+
+
+def show_text(text: str) -> None:
+    """A file's text, as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def show_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
@@ -65,3 +72,13 @@ def show_rows(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     for row in rows:
         table.add_row(*(Text("–" if value is None else str(value)) for value in row))
     out().print(table)
+
+
+def show_files(files: Mapping[str, str], as_json: bool) -> None:
+    """Rendered files, name → text."""
+    if as_json:
+        show_json({"ok": True, "files": dict(files)})
+        return
+    for name, text in files.items():
+        out().rule(name)
+        show_text(text)
