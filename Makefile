@@ -30,7 +30,7 @@ hpc-down:
 test-source-stack:  ## the training tests on the source's pins: torch 2.3.0, transformers 4.41.1 (5 GB, about 5 minutes to install)
 	$(PYTHON) -m venv $(VENV)-source
 	$(VENV)-source/bin/pip install -q -r tests/train/source-stack.txt
-	PYTHONPATH=. $(VENV)-source/bin/python -m pytest tests/train -m source_stack
+	PYTHONPATH=. $(VENV)-source/bin/python -m pytest -W default tests/train -m source_stack
 
 test-image-cuda: $(INSTALLED)  ## build torch2.3-cu121 for real (3.2 GB, about 12 minutes); needs `make hpc-up`
 	$(VENV)/bin/python -m pytest -m image_cuda

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from launcher.files import write_json
 T = TypeVar("T")
 
 PLAN_VERSION = 1
+
+BIND = re.compile(r"/(?:\\.|[^:\\])*(:/(?:\\.|[^:\\])*(:(?:\\.|[^:\\])+)?)?")
+"""``source[:target[:options]]``, to be matched whole: absolute paths, in which a backslash escapes a colon."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Staged:
     model_revision: str = ""
     data_revision: str = ""
     """Commit on the hub, empty for local folders."""
+    model_sha: str = ""
+    """Hash of the content of ``model.path``, part of the run's identity; empty for a model that the preset names otherwise."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Container:
     command: str = "apptainer"
     """Absolute path, resolved when submitting."""
     binds: tuple[str, ...] = ()
-    """``source[:target[:options]]`` beside the run folder and the staged folders, which are always bound."""
+    """Each as ``BIND``, beside the run folder and the staged folders, which are always bound."""
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -170,11 +176,6 @@ class Plan:
 def total_steps(num_samples: int, epochs: float, effective_batch: int) -> int:
     """Steps of a stream of ``epochs`` × ``num_samples`` samples, the last step taking what is left."""
     return math.ceil(round(num_samples * epochs) / effective_batch)
-
-
-def epoch_end_step(epoch: int, num_samples: int, effective_batch: int) -> int:
-    """The step (from 1) that completes ``epoch`` (from 1)."""
-    return math.ceil(epoch * num_samples / effective_batch)
 
 
 def rank_slices(num_samples: int, world_size: int) -> list[slice]:

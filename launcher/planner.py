@@ -63,7 +63,7 @@ def make_plan(
         identity=identity(preset, stack, container, staged),
         preset=preset.model_dump(mode="json"),
         hardware=hardware.model_dump(mode="json"),
-        site=site.model_dump(mode="json"),
+        site=site.model_dump(mode="json", exclude={"mirrors"}),  # of no use to a run, and a pip index may hold a password
         stack={} if stack is None else stack.model_dump(mode="json"),
         layout=layout,
         batch=_batch(preset, layout.world_size),
@@ -110,7 +110,10 @@ def summary(plan: Plan) -> dict[str, object]:
 
 
 def identity(preset: Preset, stack: Stack | None, container: Container, staged: Staged | None) -> str:
-    """The hash of what determines the weights, 64 hex digits. Where data is local its content counts once staged, not its path."""
+    """The hash of what determines the weights, 64 hex digits.
+
+    Of a local model, of local data and of an image that the user brings the content counts once it is known, not the path.
+    """
     content: dict[str, Any] = {"preset": _determining(preset.model_dump(mode="json"))}
     if stack is not None:
         content["stack"] = _of_stack(stack.model_dump(mode="json"))
@@ -120,23 +123,38 @@ def identity(preset: Preset, stack: Stack | None, container: Container, staged: 
     if staged is not None and preset.data.path is not None:
         content["data_sha"] = staged.data_sha
         content["preset"]["data"]["path"] = None
+    if staged is not None and staged.model_sha:
+        content["model_sha"] = staged.model_sha
+        content["preset"]["model"]["path"] = None
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def identity_keys_changed(old: Plan, new: Plan) -> list[str]:
-    """Dotted keys of the preset that differ and belong to the identity; ``stack`` when the pins behind its name differ,
-    ``data`` when the content behind a local path does. Empty: ``new`` may continue the run of ``old``.
+    """Dotted keys of the preset that differ and belong to the identity; ``stack`` when the pins behind its name or an image of the user
+    differ, ``data`` and ``model`` when the content behind a local path does. Empty: ``new`` may continue the run of ``old``.
     """
     before, after = _flat(_determining(old.preset)), _flat(_determining(new.preset))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if _of_stack(old.stack) != _of_stack(new.stack) and "stack" not in changed:
         changed.append("stack")
+    if old.container.identity and new.container.identity and _own_image(old) and _own_image(new):
+        changed = [key for key in changed if key != "stack.image"]
+        if old.container.identity != new.container.identity:
+            changed.append("stack")
     if old.staged is not None and new.staged is not None and new.preset["data"]["path"] is not None:
         changed = [key for key in changed if key != "data.path"]
         if old.staged.data_sha != new.staged.data_sha:
             changed.append("data")
+    if old.staged is not None and new.staged is not None and old.staged.model_sha and new.staged.model_sha:
+        changed = [key for key in changed if key != "model.path"]
+        if old.staged.model_sha != new.staged.model_sha:
+            changed.append("model")
     return changed
+
+
+def _own_image(plan: Plan) -> bool:
+    return isinstance(plan.preset["stack"], Mapping)
 
 
 def _options(preset: Preset, site: Site, slurm: Mapping[str, str] | None) -> dict[str, str]:

@@ -12,10 +12,14 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 PR_SET_PDEATHSIG = 1
+
+_GUARD = "exec 3<&0; (read _ <&3; kill -KILL 0) &"
+"""Leaves one process behind that kills its own process group when the pipe on its standard input is closed."""
 
 _TASKS_ENDED = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): (.+?)(?: \(core dumped\))?$", re.MULTILINE)
 _EXITED = re.compile(r"^Exited with exit code (\d+)$")
@@ -31,21 +35,32 @@ class Ranks(Protocol):
     def pass_on(self, number: int) -> None:
         """Send a signal to every rank that still runs."""
 
-    def kill(self) -> None: ...
+    def kill(self) -> None:
+        """Also what ranks that have ended left running. Nothing can be done with them afterwards but to ask how they ended."""
 
     def last_words(self) -> str:
         """One line about what went wrong outside the ranks themselves, or nothing."""
 
 
 class LocalRanks:
-    """One child process for each rank. They die with the supervisor, whatever kills it."""
+    """One child process for each rank, all in one process group. They die with the supervisor, whatever kills it.
+
+    The death signal reaches a child of ours alone, and in a container the rank is a grandchild. So a guard in the group waits for the
+    end of a pipe that only we hold open. It is nobody's child, and as long as it lives the group's number is not given away.
+    """
 
     def __init__(
         self, commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], logs: Sequence[Path], cwd: Path
     ) -> None:
         self._codes: dict[int, int] = {}
         self._processes: list[subprocess.Popen[bytes]] = []
-        before_exec = die_with(os.getpid())
+        held_by_guard, lifeline = os.pipe()
+        self._lifeline = os.fdopen(lifeline, "wb")  # closed on exec: no rank inherits it
+        try:
+            self._group = _start_guard(held_by_guard)
+        finally:
+            os.close(held_by_guard)
+        before_exec = die_with(os.getpid(), self._group)
         try:
             for command, environment, log in zip(commands, environments, logs):
                 with open(log, "ab") as output:
@@ -80,9 +95,10 @@ class LocalRanks:
             process.send_signal(number)
 
     def kill(self) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+        if not self._lifeline.closed:
+            with suppress(ProcessLookupError):
+                os.killpg(self._group, signal.SIGKILL)
+            self._lifeline.close()
         for process in self._processes:
             process.wait()
 
@@ -155,12 +171,14 @@ def tasks_ended(said: str) -> list[tuple[int, int]]:
     return pairs
 
 
-def die_with(parent: int) -> Callable[[], None]:
-    """What a child does between fork and exec: own group, killed when ``parent`` dies, deaf to a stop until it has handlers of its own."""
+def die_with(parent: int, group: int = 0) -> Callable[[], None]:
+    """What a child does between fork and exec: into ``group`` (0: its own), killed when ``parent`` dies, deaf to a stop until it has
+    handlers of its own.
+    """
     prctl = ctypes.CDLL(None, use_errno=True).prctl
 
     def before_exec() -> None:
-        os.setpgid(0, 0)
+        os.setpgid(0, group)
         prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:
             os._exit(128 + signal.SIGKILL)
@@ -168,3 +186,11 @@ def die_with(parent: int) -> Callable[[], None]:
             signal.signal(number, signal.SIG_IGN)
 
     return before_exec
+
+
+def _start_guard(lifeline: int) -> int:
+    """Begin a process group with nothing but a guard in it; returns its number."""
+    quiet = subprocess.DEVNULL
+    shell = subprocess.Popen(["sh", "-c", _GUARD], stdin=lifeline, stdout=quiet, stderr=quiet, preexec_fn=die_with(os.getpid()))
+    assert shell.wait() == 0
+    return shell.pid

@@ -1,8 +1,8 @@
 """The Run: one folder on disk. Every path in it is a property here; state is files, never memory. Standard library only (Python 3.9).
 
 <name>-<8 hex of the identity>[-n]/
-  run.json  preset.yaml  plan.json  image.def  job.sbatch  code/  events.jsonl  metrics.jsonl  lease.json
-  lives/<n>/  plan.json and job.sbatch where changed, rank-<r>.log, rank-<r>.json (exit records)
+  run.json  preset.yaml  plan.json  image.def  job.sbatch  code/  events.jsonl  metrics.jsonl
+  lives/<n>/  plan.json and job.sbatch where changed, supervisor.log, lease.json, rank-<r>.log, rank-<r>.json (exit records)
   checkpoints/  model/  report/  submitit/
 """
 
@@ -61,10 +61,6 @@ class Run:
         return self.root / "metrics.jsonl"
 
     @property
-    def lease_file(self) -> Path:
-        return self.root / "lease.json"
-
-    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -108,7 +104,12 @@ class Run:
     def rank_log(self, life: int, rank: int | str) -> Path:
         return self.life(life) / f"rank-{rank}.log"
 
+    def lease_file(self, life: int) -> Path:
+        """Written by that life alone."""
+        return self.life(life) / "lease.json"
+
     def supervisor_log(self, life: int) -> Path:
+        """A supervisor claims its life by creating it."""
         return self.life(life) / "supervisor.log"
 
     def exit_record_file(self, life: int, rank: int) -> Path:
@@ -135,8 +136,16 @@ class Run:
         return [record for record in records if not names or record["event"] in names]
 
     def lives_started(self) -> int:
-        """How many lives began; the number of the next one. Counted from events, not from SLURM_RESTART_COUNT."""
-        return len(self.events("started"))
+        """How many lives began, those included that failed before their ``started`` event; the number of the next one."""
+        claimed = _lives_with(self, "supervisor.log")
+        started = [int(event["life"]) for event in self.events("started")]
+        return max([*claimed, *started], default=-1) + 1
+
+
+def _lives_with(run: Run, name: str) -> list[int]:
+    """The lives whose folder holds a file of this name, in no order."""
+    found = (path.parent.name for path in (run.root / "lives").glob(f"*/{name}"))
+    return [int(life) for life in found if life.isdecimal()]
 
 
 @dataclass(frozen=True)
@@ -204,7 +213,10 @@ def _first(exit_codes: Mapping[int, int], code: int) -> str:
 
 @dataclass(frozen=True)
 class Lease:
-    """Who may write into the run: one life at a time. A newer life takes it over; an older one may not commit any more."""
+    """Who may write into the run: one life at a time. A newer life takes it over; an older one may not commit any more.
+
+    Each life has a file of its own and the newest that has one is the owner, so that no life can overwrite another's word.
+    """
 
     life: int
     job_id: str | None
@@ -218,35 +230,40 @@ class Lease:
 
 def take_lease(run: Run, life: int, job_id: str | None) -> Lease:
     """Errors: RuntimeError when a newer life holds it."""
-    held = read_lease(run)
-    if held is not None and held.life > life:
-        raise RuntimeError(f"life {held.life} holds the run, life {life} is older")
+    owner = _owner(run)
+    if owner > life:
+        raise RuntimeError(f"life {owner} holds the run, life {life} is older")
     pid = os.getpid()
     lease = Lease(life, job_id, socket.gethostname(), boot_id(), pid, process_start(pid) or 0, now())
-    write_json(run.lease_file, asdict(lease))
+    run.life(life).mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_json(run.lease_file(life), asdict(lease))
     return lease
 
 
 def renew_lease(run: Run, lease: Lease) -> bool:
     """Write a new heartbeat; False when a newer life has taken over."""
-    held = read_lease(run)
-    if held is not None and held.life > lease.life:
+    if not may_commit(run, lease.life):
         return False
-    write_json(run.lease_file, {**asdict(lease), "heartbeat": now()})
+    write_json(run.lease_file(lease.life), {**asdict(lease), "heartbeat": now()})
     return True
 
 
 def read_lease(run: Run) -> Lease | None:
+    """That of the newest life which has one."""
     try:
-        return Lease(**json.loads(run.lease_file.read_text(encoding="utf-8")))
+        return Lease(**json.loads(run.lease_file(_owner(run)).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def may_commit(run: Run, life: int) -> bool:
-    """Whether ``life`` still owns the run; asked by the rank that is about to commit a checkpoint."""
-    held = read_lease(run)
-    return held is None or held.life <= life
+    """Whether no newer life has taken the run over; asked by the rank that is about to commit a checkpoint."""
+    return _owner(run) <= life
+
+
+def _owner(run: Run) -> int:
+    """The newest life that has taken a lease; -1 before the first."""
+    return max(_lives_with(run, "lease.json"), default=-1)
 
 
 def is_process_alive(lease: Lease) -> bool | None:

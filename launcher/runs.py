@@ -57,6 +57,8 @@ def create_run(plan: Plan, files: Callable[[Run], Mapping[str, str]], preset_tex
     while True:
         run = _free(plan, runs) if new else Run(runs / _base(plan))
         if run.root.exists():
+            if new and run.record_file.is_file():  # made by somebody else since we looked for a free name
+                continue
             raise RunExists(run)
         stage = Path(tempfile.mkdtemp(prefix=f".{run.id}.", dir=runs))  # mode 0700
         try:
@@ -96,15 +98,14 @@ def all_runs(runs: Path) -> list[Run]:
     return sorted(found, key=lambda run: (str(_record(run).get("created", "")), run.id))
 
 
-def copy_code(run: Run) -> None:
-    """Put the code that runs now into the run: ``launcher/`` without caches."""
+def copy_code(target: Path) -> None:
+    """Copy the code that runs now to ``target``, which must not exist: ``launcher/`` without caches."""
 
     def skipped(folder: str, names: list[str]) -> set[str]:
         data = _DATA_FOLDERS if Path(folder) == PACKAGE else ()
         return {name for name in names if name == "__pycache__" or name.endswith(".pyc") or name in data}
 
-    run.code.mkdir(mode=0o700, exist_ok=True)
-    shutil.copytree(PACKAGE, run.code / "launcher", ignore=skipped)
+    shutil.copytree(PACKAGE, target, ignore=skipped)
 
 
 def code_sha(run: Run) -> str:
@@ -121,9 +122,9 @@ def _fill(stage: Run, run: Run, plan: Plan, files: Mapping[str, str], preset_tex
         write_text(stage.root / name, text)
     write_text(stage.preset_file, preset_text)
     write_plan(plan, stage.plan_file())
-    for folder in (stage.submitit, stage.checkpoints, stage.root / "lives"):
+    for folder in (stage.submitit, stage.checkpoints, stage.root / "lives", stage.code):
         folder.mkdir(mode=0o700)
-    copy_code(stage)
+    copy_code(stage.code / "launcher")
     record: dict[str, Any] = {
         "id": run.id,
         "identity": plan.identity,

@@ -9,38 +9,49 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint import Manifest, committed
-from launcher.errors import ActionError, FtlaunchError, UsageError
+from launcher.errors import ActionError, UsageError
 from launcher.files import write_text
 from launcher.plan import Plan, write_plan
 from launcher.run import Run, boot_id, is_process_alive, process_start, read_lease
 from launcher.runs import code_sha, copy_code
 from launcher.slurm.queue import look_up
-from launcher.slurm.tools import call, clean_environment
+from launcher.slurm.tools import Unanswered, call, clean_environment
+
+
+class AlreadyGoing(ActionError):
+    """Somebody else submitted or resumed this run, or it went on, between the caller's look and our attempt."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(f"{run.id} went on in the meantime", code="already-going", hint=f"see ftlaunch status {run.id}")
+        self.run = run
+
+
+def turns(run: Run) -> int:
+    """How often the run was sent on its way. Read before looking at its state, it tells whether that state still counts."""
+    return len(run.events("submitted", "resumed", "started", "continued"))
 
 
 def submit(run: Run) -> str:
-    """Hand the run to Slurm, or to a supervisor of its own session on this machine; returns the job id or the supervisor's pid.
+    """Hand a fresh run to Slurm, or to a supervisor of its own session on this machine; returns the job id or the supervisor's pid.
 
-    Errors: ActionError (5) with the scheduler's own reason, after which a run that never lived is gone again.
+    Errors: ActionError (5) with the scheduler's own reason, after which the run is gone again; Unanswered (5) when a job may have been
+    accepted, so that the run stays; AlreadyGoing (5) when it is not fresh any more.
     """
-    with _alone(run):
-        fresh = not run.events()
-        try:
-            return _start(run, "submitted")
-        except FtlaunchError:
-            if fresh:
-                shutil.rmtree(run.root)
-            raise
+    with _alone(run), ExitStack() as undo:
+        _still(run, 0)
+        undo.callback(shutil.rmtree, run.root)
+        return _start(run, run.lives_started(), "submitted", undo)
 
 
 def resume(
     run: Run,
     *,
+    seen: int | None = None,
     from_checkpoint: str | None = None,
     code_current: bool = False,
     plan: Plan | None = None,
@@ -48,27 +59,31 @@ def resume(
 ) -> str:
     """Begin another life of a run; returns the job id or the supervisor's pid. That it does not live already is the caller's to see.
 
-    ``from_checkpoint``: ``epoch-2`` or ``step-100``; newer checkpoints are set aside. ``plan`` and ``job_script``: what is changed from
-    this life on. Errors: UsageError when there is no such checkpoint or the plan is another run's, ActionError.
+    ``seen``: ``turns`` before the caller looked. ``from_checkpoint``: ``epoch-2`` or ``step-100``; newer checkpoints are set aside.
+    ``plan`` and ``job_script``: what is changed from this life on. Errors: UsageError when there is no such checkpoint or the plan is
+    another run's, AlreadyGoing, ActionError; after each the run is as it was, except after Unanswered: a job may have been accepted.
     """
     if plan is not None and plan.identity != run.plan(run.lives_started()).identity:
         raise UsageError("this would change what determines the weights", code="identity", hint="submit it as a run of its own")
-    with _alone(run):
+    with _alone(run), ExitStack() as undo:
+        if seen is not None:
+            _still(run, seen)
         life = run.lives_started()
         chosen = None if from_checkpoint is None else find_checkpoint(run, from_checkpoint)
         folder = run.life(life)
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_folder(folder, undo)
         if chosen is not None:
-            _set_aside(run, chosen, life)
+            _set_aside(run, chosen, life, undo)
         if plan is not None:
+            _put_back_on_error(folder / "plan.json", undo)
             write_plan(plan, folder / "plan.json")
         if job_script is not None:
+            _put_back_on_error(folder / "job.sbatch", undo)
             write_text(folder / "job.sbatch", job_script)
         if code_current:
-            (run.code / "launcher").rename(folder / "code-before")
-            copy_code(run)
+            _swap_code(run, folder, undo)
         details = {"from_step": chosen.step if chosen else None, "code": code_sha(run) if code_current else None}
-        return _start(run, "resumed", **details)
+        return _start(run, life, "resumed", undo, **details)
 
 
 def cancel(run: Run, *, now: bool) -> None:
@@ -82,6 +97,9 @@ def cancel(run: Run, *, now: bool) -> None:
     scancel = run.record()["tools"]["scancel"]
     if not now:
         waiting = call([scancel, "--state=PENDING", job_id])
+        if waiting.code == 0 and look_up([job_id], run.record()["tools"])[job_id].state in ("cancelled", "gone"):
+            _note_cancelled(run, job_id)
+            return
         asked = call([scancel, "--batch", "--signal=INT", job_id])
         if waiting.code != 0 and asked.code != 0:
             raise ActionError(f"scancel: {asked.reason}", code="scancel")
@@ -89,7 +107,7 @@ def cancel(run: Run, *, now: bool) -> None:
     answer = call([scancel, job_id])
     if answer.code != 0 and look_up([job_id], run.record()["tools"])[job_id].state in ("pending", "running", "ending", "unknown"):
         raise ActionError(f"scancel: {answer.reason}", code="scancel")
-    run.append_event("cancelled", life=life, job_id=job_id)
+    _note_cancelled(run, job_id)
 
 
 def find_checkpoint(run: Run, text: str) -> Manifest:
@@ -114,21 +132,50 @@ def last_job_id(run: Run) -> str | None:
 
 def present_life(run: Run) -> int:
     """The life that goes on now, or the one that waits to begin."""
-    started = [int(event["life"]) for event in run.events("started")]
+    last = run.lives_started() - 1
     ended = {event.get("life") for event in run.events("requeued", "continued", "stopped", "finished", "failed")}
-    return max(started, default=-1) + (not started or max(started) in ended)
+    asked_for = max((int(event["life"]) for event in run.events("submitted", "resumed")), default=0)
+    return max(asked_for, last + (last in ended))
 
 
-def _start(run: Run, event: str, **details: Any) -> str:
-    life = run.lives_started()
+def _start(run: Run, life: int, event: str, undo: ExitStack, **details: Any) -> str:
+    """Send the life on its way and write so. From then on, and when it may be, ``undo`` has nothing to undo any more."""
     if run.record()["scheduler"] == "slurm":
-        from launcher.slurm.plugin import submit_run  # submitit is not needed on this machine alone
+        return _start_on_slurm(run, life, event, undo, **details)
+    with _signals_held():
+        run.append_event(event, life=life, host=socket.gethostname(), **details)
+        try:
+            pid = start_supervisor(run)
+        except ActionError as error:
+            run.append_event("failed", cause=str(error))
+            raise
+        undo.pop_all()
+    return str(pid)
 
-        job_id = submit_run(run, life)
+
+def _start_on_slurm(run: Run, life: int, event: str, undo: ExitStack, **details: Any) -> str:
+    from launcher.slurm.plugin import submit_run  # submitit is not needed on this machine alone
+
+    with _signals_held():
+        try:
+            job_id = submit_run(run, life)
+        except Unanswered:
+            undo.pop_all()
+            raise
+        undo.pop_all()
         run.append_event(event, life=life, job_id=job_id, **details)
-        return job_id
-    run.append_event(event, life=life, host=socket.gethostname(), **details)
-    return str(start_supervisor(run))
+    return job_id
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """INT and TERM wait: between sbatch's answer and our note of it they would lose a job."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_supervisor(run: Run) -> int:
@@ -163,12 +210,65 @@ def _cancel_here(run: Run, *, now: bool) -> None:
             os.kill(lease.pid, signal.SIGQUIT if now else signal.SIGINT)
 
 
-def _set_aside(run: Run, chosen: Manifest, life: int) -> None:
+def _note_cancelled(run: Run, job_id: str) -> None:
+    """Without a life: a job that waited is resumed under the same number, and only what came after that counts then."""
+    run.append_event("cancelled", job_id=job_id)
+
+
+def _still(run: Run, seen: int) -> None:
+    if turns(run) != seen:
+        raise AlreadyGoing(run)
+
+
+def _set_aside(run: Run, chosen: Manifest, life: int, undo: ExitStack) -> None:
     aside = run.checkpoints / f"superseded-{life}"
     newer = [run.checkpoint(manifest.step) for manifest in committed(run) if manifest.step > chosen.step]
     for folder in [*newer, *([run.model] if run.model.exists() else [])]:
-        aside.mkdir(mode=0o700, exist_ok=True)
-        folder.rename(aside / folder.name)
+        _make_folder(aside, undo)
+        _move(folder, aside / folder.name, undo)
+
+
+def _swap_code(run: Run, folder: Path, undo: ExitStack) -> None:
+    """Put the code that runs now in the place of the run's. What it replaces stays beside the life's files."""
+    new, present, before = folder / "code-new", run.code / "launcher", folder / "code-before"
+    undo.callback(shutil.rmtree, new, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
+    copy_code(new)
+    number = 2
+    while before.exists():  # resumed before with current code, and cancelled while it waited
+        before = folder / f"code-before-{number}"
+        number += 1
+    _move(present, before, undo)
+    _move(new, present, undo)
+
+
+def _make_folder(folder: Path, undo: ExitStack) -> None:
+    """Make ``folder``; an error removes it again if it is empty."""
+    if not folder.exists():
+        undo.callback(_remove_if_empty, folder)
+        folder.mkdir(mode=0o700, parents=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _move(source: Path, target: Path, undo: ExitStack) -> None:
+    undo.callback(_move_back, source, target)  # first, since an interrupt may come right after the move
+    source.rename(target)
+
+
+def _move_back(source: Path, target: Path) -> None:
+    if not source.exists():
+        target.rename(source)
+
+
+def _put_back_on_error(file: Path, undo: ExitStack) -> None:
+    if file.exists():
+        undo.callback(write_text, file, file.read_text(encoding="utf-8"))
+    else:
+        undo.callback(file.unlink, missing_ok=True)
 
 
 @contextmanager
@@ -178,25 +278,36 @@ def _alone(run: Run) -> Iterator[None]:
     Errors: ActionError when somebody else is at it.
     """
     lock = run.root / ".submitting"
-    owner = lock / "owner"
+    if not _made(lock) and not (_moved_away(lock) and _made(lock)):
+        raise ActionError(f"{run.id} is being submitted by somebody else", code="submitting", hint=f"if that is not so, remove {lock}")
     try:
-        lock.mkdir(mode=0o700)
-    except FileExistsError:
-        if not _is_dead(owner):
-            raise ActionError(
-                f"{run.id} is being submitted by somebody else", code="submitting", hint=f"if that is not so, remove {lock}"
-            ) from None
-    write_text(owner, f"{socket.gethostname()} {boot_id()} {os.getpid()} {process_start(os.getpid())}\n")
-    try:
+        write_text(lock / "owner", f"{socket.gethostname()} {boot_id()} {os.getpid()} {process_start(os.getpid())}\n")
         yield
     finally:
         shutil.rmtree(lock, ignore_errors=True)
 
 
-def _is_dead(owner: Path) -> bool:
-    """Whether the process that wrote ``owner`` is known to be gone."""
+def _made(lock: Path) -> bool:
     try:
-        host, boot, pid, start = owner.read_text().split()
+        lock.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        raise ActionError(f"{lock.parent} is gone: its submission was refused", code="no-run") from None
+    return True
+
+
+def _moved_away(lock: Path) -> bool:
+    """Move the lock of a process that is known to be gone out of the way; False when it may live.
+
+    It stays under its owner's name, so that a lock of a living process is never moved in its place by who looked a moment ago.
+    """
+    try:
+        host, boot, pid, start = (lock / "owner").read_text(encoding="utf-8").split()
     except (OSError, ValueError):
         return False
-    return host == socket.gethostname() and (boot != boot_id() or str(process_start(int(pid))) != start)
+    if host != socket.gethostname() or (boot == boot_id() and str(process_start(int(pid))) == start):
+        return False
+    with suppress(OSError):  # somebody else was faster
+        lock.rename(lock.with_name(f"{lock.name}-{boot}-{pid}-{start}"))
+    return True

@@ -29,6 +29,7 @@ from launcher.run import (
     Run,
     Verdict,
     boot_id,
+    may_commit,
     now,
     process_start,
     read_exit_records,
@@ -99,15 +100,21 @@ def supervise(folder: str, wish: Wish | None = None) -> int:
             code = Life(run, life, wish, say).live()
         except FtlaunchError as error:
             say(str(error))
-            run.append_event("failed", life=life, job_id=os.environ.get("SLURM_JOB_ID"), cause=str(error).splitlines()[0])
-            return RunFailed.exit_code
+            return _failed(run, life, str(error).splitlines()[0])
         except Exception:
             say(traceback.format_exc())
             cause = f"the supervisor itself failed: {traceback.format_exc().splitlines()[-1]}; see {run.supervisor_log(life)}"
-            run.append_event("failed", life=life, job_id=os.environ.get("SLURM_JOB_ID"), cause=cause)
-            return RunFailed.exit_code
+            return _failed(run, life, cause)
         if code is not None:
             return code
+
+
+def _failed(run: Run, life: int, cause: str) -> int:
+    """The end of a run whose supervisor cannot go on; returns the exit code."""
+    if not may_commit(run, life):
+        return RunStopped.exit_code
+    run.append_event("failed", life=life, job_id=os.environ.get("SLURM_JOB_ID"), cause=cause)
+    return RunFailed.exit_code
 
 
 def claim_life(run: Run) -> int:
@@ -158,8 +165,8 @@ class Life:
         except BaseException:
             node.clean()
             raise
-        if verdict.kind == "lost":
-            self.say(verdict.cause)
+        if verdict.kind == "lost" or not self._is_newest():
+            self.say("a newer life owns the run; this one has ended its ranks")
             node.clean()
             return RunStopped.exit_code
         return self._conclude(plan, node, verdict)
@@ -186,7 +193,7 @@ class Life:
 
     def _watch(self, node: Node, ranks: Ranks, lease: Lease) -> Verdict:
         """Until every rank has ended, by itself or by our hand."""
-        asked = killed = False
+        asked = False
         heartbeat = time.monotonic() + HEARTBEAT_S
         repeat_at, repeat_s, records_at, deadline = 0.0, FIRST_REPEAT_S, 0.0, float("inf")
         while not ranks.all_ended():
@@ -202,18 +209,16 @@ class Life:
                 heartbeat = clock + HEARTBEAT_S
                 if not self._is_ours(lease):
                     ranks.kill()
-                    return Verdict("lost", "a newer life owns the run; this one has ended its ranks")
+                    return Verdict("lost")
             if deadline == float("inf") and (_any_bad(ranks.exit_codes().values()) or (clock >= records_at and self._left_bad_record())):
                 deadline = clock + GRACE_S
             if clock >= records_at:
                 records_at = clock + RECORDS_S
             if self.wish.kill or clock >= deadline:
-                codes, killed = ranks.exit_codes(), True
-                ranks.kill()
                 break
             time.sleep(LOOK_S)
-        if not killed:
-            codes = ranks.exit_codes()
+        codes = ranks.exit_codes()
+        ranks.kill()
         return self._verdict(node, codes, ranks, asked)
 
     def _is_ours(self, lease: Lease) -> bool:
@@ -223,6 +228,14 @@ class Life:
             return renew_lease(self.run, lease)
         except OSError as error:
             self.say(f"no heartbeat: {error}")
+            return True
+
+    def _is_newest(self) -> bool:
+        """Asked before anything is concluded: rank 0 sees a newer life at its next step, long before our next heartbeat."""
+        try:
+            return may_commit(self.run, self.number)
+        except OSError as error:
+            self.say(f"the lease could not be read: {error}")
             return True
 
     def _left_bad_record(self) -> bool:

@@ -148,6 +148,14 @@ def test_plan_round_trips_and_keeps_the_preset() -> None:
     assert plan.allowed == ("memory", "time")
 
 
+def test_mirrors_are_not_in_the_plan() -> None:
+    """A pip index may hold a password, and people show their plans."""
+    at = site(mirrors={"pip_index": "https://ada:secret@mirror.invalid/simple"})
+    plan, _ = plan_of(site=at)
+    assert "secret" not in str(to_json(plan))
+    assert Site.model_validate(plan.site) == site()
+
+
 def test_summary_has_what_interfaces_promise() -> None:
     found = summary(plan_of(preset(gpus=4, training={"effective_batch": 25, "micro_batch": 2}))[0])
     assert {key: value for key, value in found.items() if key != "disk"} == {
@@ -211,12 +219,24 @@ def test_identity_follows_the_content_of_local_data_and_not_its_path() -> None:
     assert plan_of(staged=STAGED)[0].identity == plan_of(staged=other)[0].identity, "data on the hub is known by its revision"
 
 
+def test_identity_follows_the_content_of_a_local_model_and_not_its_path() -> None:
+    here, there = preset(model={"path": "/a/model"}), preset(model={"path": "/b/model"})
+    first, second = (Staged(**{**vars(STAGED), "model_sha": sha}) for sha in ("123", "456"))
+    old, moved, changed = plan_of(here, staged=first)[0], plan_of(there, staged=first)[0], plan_of(here, staged=second)[0]
+    assert (moved.identity == old.identity, identity_keys_changed(old, moved)) == (True, [])
+    assert (changed.identity == old.identity, identity_keys_changed(old, changed)) == (False, ["model"])
+    assert identity_keys_changed(plan_of(here)[0], plan_of(there)[0]) == ["model.path"], "what is not staged is known by its path"
+
+
 def test_identity_of_an_own_image() -> None:
     wish = preset(stack={"image": "/x.sif"})
     plan, findings = plan_of(wish, stack=None, container=Container("apptainer", image="/x.sif", identity="1"))
     moved = plan_of(preset(stack={"image": "/y.sif"}), stack=None, container=Container("apptainer", image="/y.sif", identity="1"))[0]
     other = plan_of(wish, stack=None, container=Container("apptainer", image="/x.sif", identity="2"))[0]
     assert plan.identity == moved.identity != other.identity
+    assert (identity_keys_changed(plan, moved), identity_keys_changed(plan, other)) == ([], ["stack"])
+    unknown = [plan_of(preset(stack={"image": image}), stack=None)[0] for image in ("/x.sif", "/y.sif")]
+    assert identity_keys_changed(*unknown) == ["stack.image"]
     assert (plan.stack, "stack-unknown" in [finding.code for finding in findings]) == ({}, True)
 
 
@@ -345,6 +365,24 @@ PARTITION = {"partitions": {"gpu": {"max_time": "24h", "gpus_per_node": 4, "max_
             "lora-target: adapter.targets: the model has no linear layer zzz (it has q_proj, v_proj)",
         ),
         (
+            {},
+            {"hardware": hardware(driver=None, cuda="12.5"), "stack": stack(cuda="13.0")},
+            "driver-too-old: stack: stack s (CUDA 13.0) needs driver 580, node's announces CUDA 12.5 "
+            "(a stack for an older CUDA, or --allow driver)",
+        ),
+        (
+            {},
+            {"site": site(build={"on": "slurm"})},
+            "not-built-yet: site cluster: build.on: slurm is not built yet: ftlaunch build works where it is started "
+            "(build.on: here in your site's file, and first run ftlaunch build on a compute node: submit uses what it finds)",
+        ),
+        (
+            {},
+            {"site": site(stage={"on": "elsewhere"})},
+            "not-built-yet: site cluster: stage.on: elsewhere is not built yet: ftlaunch stage works where it is started "
+            "(stage.on: here in your site's file, and first run ftlaunch stage on a compute node: submit uses what it finds)",
+        ),
+        (
             {"data": {"name": "a/c", "packing": "documents"}},
             {},
             "not-built-yet: data.packing: packing with borders kept is not built yet (packing: flatten)",
@@ -366,6 +404,23 @@ def test_refused(wish: dict[str, Any], changes: dict[str, Any], expected: str) -
             [
                 "warning: driver-unknown: hardware: the driver of node is not known; stack s needs 525.60.13 or newer "
                 "(nvidia-smi on a node says it; write driver: into your hardware file)"
+            ],
+        ),
+        ({}, {"hardware": hardware(driver=None, cuda="12.5")}, []),
+        (
+            {},
+            {"site": site(cache="/scratch/cache", submit_limit=5)},
+            [
+                "warning: no-effect-yet: site cluster: cache has no effect yet (leave cache out)",
+                "warning: no-effect-yet: site cluster: submit_limit has no effect yet (leave submit_limit out)",
+            ],
+        ),
+        (
+            {"parallelism": "device_map"},
+            {},
+            [
+                "warning: not-executed-here: parallelism: no model was split over GPUs by ftlaunch yet, nor any run made on a GPU: "
+                "only the plan of the split was tested (watch the first steps)"
             ],
         ),
         (
@@ -396,7 +451,18 @@ def test_refused(wish: dict[str, Any], changes: dict[str, Any], expected: str) -
             ],
         ),
     ],
-    ids=["nothing", "driver-unknown", "idle-gpus", "tf32-v100", "tf32-cpu", "xformers", "zero3"],
+    ids=[
+        "nothing",
+        "driver-unknown",
+        "driver-by-cuda",
+        "site-no-effect",
+        "device-map",
+        "idle-gpus",
+        "tf32-v100",
+        "tf32-cpu",
+        "xformers",
+        "zero3",
+    ],
 )
 def test_warned(wish: dict[str, Any], changes: dict[str, Any], expected: list[str]) -> None:
     assert worst(plan_of(preset(**wish), **changes)[1]) == expected
@@ -408,6 +474,11 @@ def test_flash_is_planned_though_the_image_is_without_it() -> None:
         ("warning", "not-executed-yet", "attention"),
         ("warning", "not-executed-yet", "stack"),
     ]
+
+
+def test_only_what_uses_gpus_is_called_never_run() -> None:
+    codes = {gpus: [finding.code for finding in plan_of(preset(gpus=gpus))[1]] for gpus in (0, 1)}
+    assert ["not-executed-here" in found for found in codes.values()] == [False, True]
 
 
 def test_allowed_gates_become_warnings_and_others_do_not() -> None:
@@ -422,6 +493,7 @@ def test_memory_and_time_are_not_guessed() -> None:
     plan, findings = plan_of(model_facts=None)
     assert (plan.memory, plan.time, plan.disk) == (None, None, None)
     assert [(finding.level, finding.code) for finding in findings] == [
+        ("advice", "not-executed-here"),
         ("advice", "memory-not-predicted"),
         ("advice", "time-not-predicted"),
         ("advice", "model-facts-unknown"),

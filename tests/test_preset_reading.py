@@ -229,6 +229,33 @@ def test_site_by_path_says_what_is_wrong(tmp_path: Path) -> None:
     assert str(error.value) == expected
 
 
+SITE = "name: x\nsource: y\nscheduler: slurm\n"
+
+
+def test_variables_of_a_site_are_replaced(tmp_path: Path) -> None:
+    binds = "['$SCRATCH/ada:/scratch:ro', '/a\\$b']"
+    text = f"{SITE}container: {{binds: {binds}, env: {{CACHE: '${{SCRATCH}}/c'}}}}\nnetwork: {{binds: [$SCRATCH]}}\n"
+    found = read_site(str(write(tmp_path, "site.yaml", text)), home=tmp_path, environ={"SCRATCH": "/x:y"}).value
+    assert found.container.binds == ["/x\\:y/ada:/scratch:ro", "/a\\$b"]
+    assert (found.container.env, found.network.binds) == ({"CACHE": "/x:y/c"}, ["/x\\:y"])
+
+
+def test_what_is_wrong_with_a_sites_binds(tmp_path: Path) -> None:
+    path = write(tmp_path, "site.yaml", f"{SITE}container:\n  binds:\n    - /ok:/ok:ro\n    - data:/data\nnetwork: {{binds: ['/a:b']}}\n")
+    said = "is no bind; write source[:target[:options]], paths absolute or beginning with $VARIABLE"
+    with pytest.raises(UsageError) as error:
+        read_site(str(path), home=tmp_path, environ={})
+    assert str(error.value) == f"{path}:7: container.binds.1: 'data:/data' {said}\n{path}:8: network.binds.0: '/a:b' {said}"
+    write(tmp_path, "site.yaml", f"{SITE}container: {{binds: [$A], env: {{B: $B}}}}\nnetwork: {{binds: [$C]}}\n")
+    with pytest.raises(UsageError) as error:
+        read_site(str(path), home=tmp_path, environ={"C": "relative"})
+    assert str(error.value) == (
+        f"{path}:4: container.env.B: $B: $B is not set\n"
+        f"{path}:4: container.binds.0: $A: $A is not set\n"
+        f"{path}:5: network.binds.0: $C: relative has a path that is not absolute"
+    )
+
+
 def test_stack_with_unknown_base(tmp_path: Path) -> None:
     text = "name: x\nbase: {kind: dockr, image: a}\npython: 3.11\npackages: {torch: 2.3.0, transformers: 4.41.1}\n"
     path = write(tmp_path, "s.yaml", text)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +200,52 @@ def test_signals_to_everything_kill_neither_shell_nor_supervisor(script: tuple[P
             break
     assert process.wait(60) == 7
     assert (root / "heard").read_text() == "SIGUSR2"
+
+
+def test_module_names_are_only_words(tmp_path: Path) -> None:
+    root = tmp_path / "a run"
+    modules = ["gcc/12.2", "$(touch evil)", '"; touch evil; "']
+    plan = slurm_plan()
+    plan = dataclasses.replace(plan, site={**plan.site, "modules": modules})  # past the schema, which refuses such names as well
+    text = render(plan, Run(root), python="/nowhere/python")["job.sbatch"]
+    told = 'module() { printf "%s\\n" "$2" >>loaded; return 1; }\n'
+    done = subprocess.run(["bash", "-c", told + text], cwd=tmp_path, capture_output=True, text=True)
+    assert (tmp_path / "loaded").read_text().splitlines() == modules and not (tmp_path / "evil").exists()
+    assert "ftlaunch: module load $(touch evil) failed on" in done.stderr
+
+
+LIVED = """
+import pathlib, sys
+(pathlib.Path(sys.argv[1]) / "lived").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("importable", "pickled", "said"),
+    [
+        pytest.param(True, True, "submitit was asked", id="submitit"),
+        pytest.param(False, True, "has no submitit here; going on without it", id="installed-for-the-user-only"),
+        pytest.param(True, False, "12_submitted.pkl; going on without submitit", id="no-pickle"),
+    ],
+)
+def test_supervisor_runs_without_submitit_where_it_must(tmp_path: Path, importable: bool, pickled: bool, said: str) -> None:
+    """The interpreter is a bare one, beside whose code a submitit lies or not; ``RUN/submitit`` itself must not be taken for it."""
+    root, programs, python = tmp_path / "a run", tmp_path / "bin", tmp_path / "venv" / "bin" / "python"
+    venv.create(tmp_path / "venv", symlinks=True)
+    for folder in (root / "submitit", root / "code" / "launcher", programs):
+        folder.mkdir(parents=True)
+    (root / "code" / "launcher" / "supervise.py").write_text(LIVED)
+    if importable:
+        (root / "code" / "submitit" / "core").mkdir(parents=True)
+        (root / "code" / "submitit" / "core" / "_submit.py").write_text("if __name__ == '__main__': print('submitit was asked')\n")
+    if pickled:
+        (root / "submitit" / "12_submitted.pkl").touch()
+    (programs / "sleep").symlink_to("/bin/true")
+    (root / "job.sbatch").write_text(render(slurm_plan(), Run(root), python=str(python))["job.sbatch"])
+    environment = {**os.environ, "SLURM_JOB_ID": "12", "FTLAUNCH_SUBMITIT": "1", "PATH": f"{programs}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "job.sbatch"], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and said in done.stdout + done.stderr, done.stderr
+    assert (root / "lived").exists() is not (importable and pickled)
 
 
 def test_unusable_python_is_one_sentence_and_an_event(tmp_path: Path) -> None:

@@ -149,7 +149,10 @@ def test_accounting_is_asked_for_what_left_the_queue(slurm: FakeSlurm) -> None:
     [
         pytest.param({"out": ""}, {"out": ""}, "gone", id="nobody-knows-it"),
         pytest.param({"code": 1, "err": "slurm_load_jobs error: Invalid job id specified\n"}, {"out": ""}, "gone", id="invalid-job-id"),
-        pytest.param({"code": 1, "err": "Invalid job id"}, {"code": 1, "err": "no accounting"}, "unknown", id="no-accounting"),
+        pytest.param(
+            {"code": 1, "err": "Invalid job id"}, {"code": 1, "err": "accounting storage is disabled"}, "gone", id="no-accounting"
+        ),
+        pytest.param({"code": 1, "err": "Unable to contact"}, {"code": 1, "err": "no accounting"}, "unknown", id="nobody-answers"),
         pytest.param({"code": 1, "err": "Unable to contact slurm controller"}, {"out": ""}, "unknown", id="no-controller"),
         pytest.param({"code": 1, "err": "Unable to contact"}, {"out": "7|FAILED|1:0\n"}, "failed", id="accounting-alone"),
         pytest.param({"out": ""}, {"out": "7|REQUEUED|0:9\n"}, "gone", id="requeued-then-cancelled"),
@@ -161,6 +164,11 @@ def test_never_by_guess(slurm: FakeSlurm, squeue: dict[str, Any], sacct: dict[st
     slurm.answer("squeue", squeue)
     slurm.answer("sacct", sacct)
     assert look_up(["7"], slurm.tools)["7"].state == state
+
+
+def test_squeue_alone_is_enough(slurm: FakeSlurm) -> None:
+    slurm.answer("squeue", {"code": 1, "err": "slurm_load_jobs error: Invalid job id specified\n"})
+    assert look_up(["7"], {"squeue": slurm.tools["squeue"]})["7"].state == "gone"
 
 
 def test_missing_programs(slurm: FakeSlurm) -> None:

@@ -131,6 +131,7 @@ def test_a_changed_file_is_another_data_set(tiny: Staged, tmp_path: Path) -> Non
     changes = {"model": {"path": tiny.model}, "data": {"path": str(path)}, "evaluation": {"every": "never"}}
     first = run(tmp_path / "shelf", [], **changes)
     assert (first.model, first.train_samples, first.eval_samples) == (tiny.model, 12, 0)
+    assert len(first.model_sha) == 64 and tiny.model_sha == "", "a local model is known by its content"
     jsonl(path, [f"value = {number}\n" for number in range(11, -1, -1)])
     second = run(tmp_path / "shelf", [], **changes)
     assert second.data != first.data

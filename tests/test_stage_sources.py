@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import UsageError
-from launcher.stage.sources import check_model, content_sha, find_local, find_stdlib, leaves, split_of, tokenizer_sha
+from launcher.stage.sources import check_model, content_sha, find_local, find_model, find_stdlib, leaves, split_of, tokenizer_sha
 
 
 def fill(root: Path, *names: str) -> Path:
@@ -141,6 +141,23 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(UsageError, match=r"no model-00002-of-00002\.safetensors, which its index names"):
         check_model(tmp_path, "model.path")
+
+
+def test_the_hash_of_a_model_sees_what_a_training_reads(tmp_path: Path) -> None:
+    fill(tmp_path, "config.json", "tokenizer.json", "parts/1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "parts/1.safetensors"}}))
+
+    def sha() -> str:
+        return content_sha(find_model(tmp_path, "model.path"))
+
+    before = sha()
+    fill(tmp_path, "README.md", "optimizer.pt", "checkpoint-1/model.safetensors")
+    assert sha() == before
+    seen = {before}
+    for name in ("parts/1.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+        (tmp_path / name).write_text("another")
+        seen.add(sha())
+    assert len(seen) == 5
 
 
 def test_the_tokenizer_hash_sees_only_the_tokenizer(tmp_path: Path) -> None:

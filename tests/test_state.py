@@ -14,6 +14,7 @@ import pytest
 from launcher.files import write_json
 from launcher.run import Lease, Run, boot_id, now, process_start
 from launcher.state import JobState, Known, state_of
+from launcher.supervise import claim_life
 
 SLURM = {"job_id": "7"}
 
@@ -29,7 +30,8 @@ def hold(run: Run, *, alive: bool = True, host: str | None = None, age_s: float 
     """A lease whose process lives (it is this one) or does not, with a heartbeat of that age."""
     start = (process_start(os.getpid()) or 0) + (0 if alive else 1)
     beat = (datetime.now(timezone.utc) - timedelta(seconds=age_s)).isoformat()
-    write_json(run.lease_file, asdict(Lease(0, None, host or socket.gethostname(), boot_id(), os.getpid(), start, beat)))
+    run.life(0).mkdir(parents=True, exist_ok=True)
+    write_json(run.lease_file(0), asdict(Lease(0, None, host or socket.gethostname(), boot_id(), os.getpid(), start, beat)))
 
 
 def events(*names: str, **details: Any) -> list[tuple[str, int | None, dict[str, Any]]]:
@@ -163,3 +165,18 @@ def test_torn_event_line_costs_itself_only(tmp_path: Path) -> None:
     hold(run)
     assert state_of(run, Known()) == "running"
     assert now() > "2"
+
+
+def test_resumed_after_a_start_that_failed(tmp_path: Path) -> None:
+    """The life that failed has no ``started`` event, but its number is used up."""
+    run = run_with(tmp_path, ("submitted", 0, SLURM))
+    assert run.lives_started() == 0
+    assert claim_life(run) == 0
+    run.append_event("failed", life=0, **SLURM)
+    assert state_of(run, Known("failed")) == "failed"
+    assert run.lives_started() == 1
+    run.append_event("resumed", life=run.lives_started(), job_id="8")
+    assert state_of(run, Known("pending")) == "queued"
+    run.append_event("started", life=claim_life(run), job_id="8")
+    assert state_of(run, Known("running")) == "running"
+    assert run.lives_started() == 2

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "launcher"
 
 LAYERS = [
-    {"errors", "files", "metrics", "plan", "run", "checkpoint", "shipped"},
+    {"errors", "files", "metrics", "plan", "run", "checkpoint", "shipped", "supported"},
     {"templating", "preset", "hardware"},
     {"planner"},
     {"render", "image", "stage", "ranks"},
@@ -24,7 +24,7 @@ LAYERS = [
     {"submit", "follow", "report"},
     {"cli"},
 ]
-TRAIN_MAY_IMPORT = {"errors", "files", "plan", "run", "metrics", "checkpoint", "train"}
+TRAIN_MAY_IMPORT = {"errors", "files", "plan", "run", "metrics", "checkpoint", "supported", "train"}
 STANDARD_LIBRARY_ONLY = ["launcher.supervise", "launcher.run", "launcher.plan", "launcher.metrics", "launcher.checkpoint"]
 
 

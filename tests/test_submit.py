@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -20,10 +21,11 @@ import pytest
 from launcher import checkpoint
 from launcher.errors import ActionError, MissingError, UsageError
 from launcher.follow import follow
-from launcher.run import Run, process_start, read_lease
+from launcher.run import Run, boot_id, process_start, read_lease
 from launcher.runs import RunExists, all_runs, create_run, find_existing, find_run
+from launcher.slurm.tools import Unanswered
 from launcher.state import Known, state_of
-from launcher.submit import cancel, find_checkpoint, last_job_id, resume, submit
+from launcher.submit import AlreadyGoing, cancel, find_checkpoint, last_job_id, present_life, resume, submit, turns
 from tests.fake_slurm import FakeSlurm, make_fake_slurm
 from tests.toy import names, toy_plan, toy_run
 
@@ -365,6 +367,34 @@ def test_resume_refuses_another_identity(trained: Run) -> None:
     assert names(trained) == []
 
 
+@pytest.mark.parametrize(
+    ("events", "life"),
+    [
+        pytest.param([], 0, id="created"),
+        pytest.param([("submitted", 0)], 0, id="waits"),
+        pytest.param([("submitted", 0), ("started", 0)], 0, id="lives"),
+        pytest.param([("submitted", 0), ("started", 0), ("requeued", 0)], 1, id="requeued"),
+        pytest.param([("submitted", 0), ("started", 0), ("crashed", 0), ("started", 1)], 1, id="again"),
+        pytest.param([("submitted", 0), ("started", 0), ("resumed", 1)], 1, id="resumed-after-a-loss"),
+    ],
+)
+def test_present_life(tmp_path: Path, events: list[tuple[str, int]], life: int) -> None:
+    run = toy_run(tmp_path, toy_plan())
+    for event, number in events:
+        run.append_event(event, life=number)
+    assert present_life(run) == life
+
+
+def test_present_life_after_one_that_failed_before_it_started(tmp_path: Path) -> None:
+    run = toy_run(tmp_path, toy_plan())
+    run.append_event("submitted", life=0)
+    run.life(0).mkdir()
+    run.supervisor_log(0).touch()
+    assert present_life(run) == 0
+    run.append_event("failed", life=0)
+    assert present_life(run) == 1
+
+
 # through Slurm
 
 
@@ -396,8 +426,6 @@ def test_submission_by_submitit(tmp_path: Path, slurm: FakeSlurm, monkeypatch: p
             id="account",
         ),
         pytest.param({"code": 1, "err": "sbatch: lua: give a time\nsbatch: error: refused\n"}, "lua: give a time; refused", id="lua"),
-        pytest.param({"code": 0, "out": ""}, "exit code 0", id="silence"),
-        pytest.param({"code": 0, "out": "Submitted, I think\n"}, "Submitted, I think", id="no-number"),
     ],
 )
 def test_refusal_is_one_line_and_leaves_nothing(tmp_path: Path, slurm: FakeSlurm, answer: dict[str, Any], message: str) -> None:
@@ -437,23 +465,189 @@ def test_two_submissions_of_one_run_submit_once(tmp_path: Path, slurm: FakeSlurm
 
 
 def test_lock_of_a_dead_submission_is_taken_over(tmp_path: Path, slurm: FakeSlurm) -> None:
-    import socket
-
-    from launcher.run import boot_id
-
     run = toy_run(tmp_path / "runs", slurm_plan())
     lock = run.root / ".submitting"
     lock.mkdir()
     (lock / "owner").write_text(f"{socket.gethostname()} {boot_id()} {os.getpid()} 1\n")
     assert submit(run) == "4711"
+    assert not lock.exists()
+
+
+def test_lock_of_a_dead_submission_is_taken_over_once(tmp_path: Path, slurm: FakeSlurm) -> None:
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    lock = run.root / ".submitting"
+    lock.mkdir()
+    (lock / "owner").write_text(f"{socket.gethostname()} {boot_id()} {os.getpid()} 1\n")
+
+    def attempt(_: int) -> str:
+        try:
+            return submit(run)
+        except ActionError:
+            return "refused"
+
+    with ThreadPoolExecutor(8) as pool:
+        results = sorted(pool.map(attempt, range(8)))
+    assert results == ["4711"] + ["refused"] * 7 and len(slurm.calls("sbatch")) == 1
+
+
+def test_lock_of_the_living_is_not_moved_by_who_saw_the_dead_one(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    lock = run.root / ".submitting"
+    dead, alive = (f"{socket.gethostname()} {boot_id()} {os.getpid()} {start}\n" for start in (1, process_start(os.getpid())))
+    lock.mkdir()
+    (lock / "owner").write_text(dead)
+    read, times = Path.read_text, []
+
+    def read_late(path: Path, *args: Any, **options: Any) -> str:
+        text = read(path, *args, **options)
+        if path == lock / "owner" and not times:  # another process takes over right after our look
+            times.append(1)
+            lock.rename(lock.with_name(f".submitting-{boot_id()}-{os.getpid()}-1"))
+            lock.mkdir()
+            (lock / "owner").write_text(alive)
+        return text
+
+    monkeypatch.setattr(Path, "read_text", read_late)
+    with pytest.raises(ActionError, match="is being submitted by somebody else"):
+        submit(run)
+    assert (lock / "owner").read_text() == alive and slurm.calls("sbatch") == []
+
+
+def test_second_submission_of_a_fresh_run_sees_that_it_goes(tmp_path: Path, slurm: FakeSlurm) -> None:
+    """Somebody found it created, and resumed it before who created it could submit it."""
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    resume(run, seen=turns(run))
+    with pytest.raises(AlreadyGoing) as caught:
+        submit(run)
+    assert caught.value.run == run and caught.value.exit_code == 5
+    assert names(run) == ["resumed"] and len(slurm.calls("sbatch")) == 1
+
+
+@pytest.mark.parametrize("event", ["resumed", "started", "continued"])
+def test_resume_of_a_run_that_went_on_meanwhile(tmp_path: Path, slurm: FakeSlurm, event: str) -> None:
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    submit(run)
+    seen = turns(run)
+    run.append_event(event, life=0, job_id="4712")
+    with pytest.raises(AlreadyGoing):
+        resume(run, seen=seen, job_script="#!/bin/bash\n")
+    assert len(slurm.calls("sbatch")) == 1 and not run.life(0).exists()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param({"sleep_s": 60}, id="time-out"),
+        pytest.param({"code": 1, "err": "sbatch: error: Socket timed out on send/recv operation\n"}, id="answer-lost"),
+        pytest.param({"code": 0, "out": ""}, id="silence"),
+        pytest.param({"code": 0, "out": "Submitted, I think\n"}, id="no-number"),
+    ],
+)
+def test_job_that_may_have_been_accepted_keeps_its_run(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, answer: dict[str, Any]
+) -> None:
+    slurm.answer("sbatch", answer)
+    if "sleep_s" in answer:
+        monkeypatch.setattr("launcher.slurm.tools.SBATCH_TIMEOUT_S", 0.5)
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    with pytest.raises(Unanswered, match=r"may have been accepted.*squeue --name=toy") as caught:
+        submit(run)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 5
+    assert run.record_file.exists() and list(run.submitit.iterdir()) == []
+    with pytest.raises(Unanswered):
+        resume(run, job_script="#!/bin/bash\n")
+    assert run.job_file(0).read_text() == "#!/bin/bash\n"
+
+
+@pytest.mark.parametrize("act", [submit, resume])
+def test_interrupt_cannot_lose_a_job(tmp_path: Path, slurm: FakeSlurm, act: Callable[[Run], str]) -> None:
+    slurm.answer("sbatch", {"out": "4711\n", "interrupts": True})
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    with pytest.raises(KeyboardInterrupt):
+        act(run)
+    assert last_job_id(run) == "4711" and not (run.root / ".submitting").exists()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def tree(run: Run) -> dict[str, bytes | None]:
+    found = (path for path in run.root.rglob("*") if "__pycache__" not in path.parts)
+    return {str(path.relative_to(run.root)): path.read_bytes() if path.is_file() else None for path in found}
+
+
+@pytest.mark.parametrize("failure", ["sbatch refuses", "interrupt while copying", "interrupt while writing"])
+@pytest.mark.parametrize("resumed_before", [False, True], ids=["first", "again"])
+def test_refused_resume_leaves_no_trace(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, failure: str, resumed_before: bool
+) -> None:
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    submit(run)
+    for step, epoch in ((2, None), (4, 1), (6, None)):
+        fake_checkpoint(run, step, epoch)
+    run.model.mkdir()
+    change = {"code_current": True, "plan": dataclasses.replace(run.plan(), signal_lead_s=77), "job_script": "#!/bin/sh\n"}
+    if resumed_before:
+        resume(run, **change)
+    before = tree(run)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    error: type[BaseException] = KeyboardInterrupt
+    if failure == "sbatch refuses":
+        error = ActionError
+        slurm.answer("sbatch", {"code": 1, "err": "sbatch: error: no\n"})
+    else:
+        monkeypatch.setattr(f"launcher.submit.{'copy_code' if 'copying' in failure else 'code_sha'}", interrupted)
+    changes = {**change, "plan": dataclasses.replace(run.plan(), signal_lead_s=99), "job_script": "#!/bin/bash\n"}
+    with pytest.raises(error):
+        resume(run, from_checkpoint="step-2", **changes)
+    assert tree(run) == before
+    monkeypatch.undo()
+    slurm.answer("sbatch", {"out": "4712\n"})
+    assert resume(run, from_checkpoint="step-2", **changes) == "4712"
+    assert (run.plan(0).signal_lead_s, [manifest.step for manifest in checkpoint.committed(run)]) == (99, [2])
+    kept = {"code-before", "code-before-2"} if resumed_before else {"code-before"}
+    assert {path.name for path in run.life(0).iterdir()} == {"plan.json", "job.sbatch", *kept}
+
+
+def test_resume_whose_supervisor_cannot_start_says_so(trained: Run) -> None:
+    trained.record_file.write_text(trained.record_file.read_text().replace(sys.executable, "/nowhere/python"))
+    with pytest.raises(ActionError, match="/nowhere/python: No such file"):
+        resume(trained, from_checkpoint="step-2")
+    assert state_of(trained, Known()) == "failed" and len(checkpoint.committed(trained)) == 4
+    trained.record_file.write_text(trained.record_file.read_text().replace("/nowhere/python", sys.executable))
+    resume(trained)
+    wait_until(lambda: ended(trained), trained)
+    assert state_of(trained, Known()) == "finished"
 
 
 def test_cancel_asks_waiting_and_running_jobs(tmp_path: Path, slurm: FakeSlurm) -> None:
     run = toy_run(tmp_path / "runs", slurm_plan())
     submit(run)
+    slurm.answer("squeue", {"out": "4711|RUNNING|None\n"})
     cancel(run, now=False)
     assert [call["argv"][1:] for call in slurm.calls("scancel")] == [["--state=PENDING", "4711"], ["--batch", "--signal=INT", "4711"]]
     assert names(run) == ["submitted", "cancel_requested"]
+
+
+@pytest.mark.parametrize(
+    "squeue",
+    [
+        pytest.param({"out": "4711|CANCELLED|None\n"}, id="cancelled"),
+        pytest.param({"code": 1, "err": "slurm_load_jobs error: Invalid job id specified\n"}, id="left-the-queue"),
+    ],
+)
+def test_cancelled_waiting_job_is_over_and_can_be_resumed(tmp_path: Path, slurm: FakeSlurm, squeue: dict[str, Any]) -> None:
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    submit(run)
+    slurm.answer("squeue", squeue)
+    slurm.answer("sacct", {"code": 1, "err": "Slurm accounting storage is disabled\n"})
+    cancel(run, now=False)
+    assert names(run) == ["submitted", "cancel_requested", "cancelled"] and len(slurm.calls("scancel")) == 1
+    assert state_of(run, Known("unknown")) == "cancelled"
+    slurm.answer("sbatch", {"out": "4712\n"})
+    resume(run)
+    assert state_of(run, Known("pending")) == "queued"
 
 
 def test_cancel_now_ends_the_newest_job(tmp_path: Path, slurm: FakeSlurm) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import pytest
 
 from launcher import metrics
 from launcher.checkpoint import committed
-from launcher.run import ExitRecord, Run, process_start, read_lease, take_lease
+from launcher.processes import LocalRanks
+from launcher.run import ExitRecord, Run, may_commit, process_start, read_lease, renew_lease, take_lease
+from launcher.state import Known, state_of
 from launcher.supervise import claim_life, in_order_of_failure
 from tests.toy import names, toy_plan, toy_run
 
@@ -217,10 +220,76 @@ def test_killed_supervisor_takes_its_ranks_along(tmp_path: Path, supervisor: Any
     wait_until(lambda: [process_start(pid) for pid in pids] == [None, None], run)
 
 
-def test_newer_life_ends_the_older(tmp_path: Path, supervisor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+HIDES_FROM_THE_DEATH_SIGNAL = "sleep 600 & echo $! > inside.part; mv inside.part inside; wait"
+"""What a container does: the rank is a child of the command, and hears nothing of the death of the command's parent."""
+
+HOLDER = f"""
+import os, sys, time
+from pathlib import Path
+from launcher.processes import LocalRanks
+ranks = LocalRanks([["sh", "-c", {HIDES_FROM_THE_DEATH_SIGNAL!r}]], [dict(os.environ)], [Path("rank-0.log")], Path("."))
+time.sleep(600)
+"""
+
+
+def pid_inside(folder: Path) -> int:
+    end = time.monotonic() + 60
+    while not (folder / "inside").exists():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return int((folder / "inside").read_text())
+
+
+def wait_for_the_end_of(pid: int) -> None:
+    end = time.monotonic() + 60
+    while process_start(pid) is not None:
+        assert time.monotonic() < end, f"process {pid} goes on"
+        time.sleep(0.02)
+
+
+def test_killed_supervisor_takes_along_what_runs_in_containers(tmp_path: Path) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], cwd=tmp_path)
+    try:
+        inside = pid_inside(tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
+    wait_for_the_end_of(inside)
+
+
+@pytest.mark.parametrize("dies_first", [False, True], ids=["running", "its-command-is-dead"])
+def test_killed_ranks_leave_nothing_in_containers(tmp_path: Path, dies_first: bool) -> None:
+    ranks = LocalRanks([["sh", "-c", HIDES_FROM_THE_DEATH_SIGNAL]], [dict(os.environ)], [tmp_path / "rank-0.log"], tmp_path)
+    inside = pid_inside(tmp_path)
+    if dies_first:
+        ranks.pass_on(signal.SIGKILL)
+        wait_until(ranks.all_ended, Run(tmp_path))
+        assert process_start(inside) is not None and ranks.exit_codes() == {0: -signal.SIGKILL}
+    ranks.kill()
+    wait_for_the_end_of(inside)
+
+
+def test_nothing_guards_a_life_that_is_over(tmp_path: Path) -> None:
+    ranks = LocalRanks([["sh", "-c", "ps -o pgid= -p $$ > group"]], [dict(os.environ)], [tmp_path / "rank-0.log"], tmp_path)
+    wait_until(ranks.all_ended, Run(tmp_path))
+    guards = in_group(int((tmp_path / "group").read_text()))
+    assert len(guards) == 1 and ranks.exit_codes() == {0: 0}
+    ranks.kill()
+    wait_for_the_end_of(guards[0])
+
+
+def in_group(group: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError):
+            if os.getpgid(int(path.name)) == group:
+                found.append(int(path.name))
+    return found
+
+
+def test_newer_life_ends_the_older(tmp_path: Path, supervisor: Any) -> None:
+    """Its rank 0 sees the newer life first and ends with 93; that is no failure of the run, and nothing is repeated."""
     run = toy_run(tmp_path, toy_plan(), **FOREVER)
-    source = run.code / "launcher" / "supervise.py"
-    source.write_text(source.read_text().replace("HEARTBEAT_S = 30.0", "HEARTBEAT_S = 0.1"))
     older = supervisor(run)
     wait_until(lambda: trained(run) >= 2, run)
     newer = supervisor(run)
@@ -233,11 +302,55 @@ def test_newer_life_ends_the_older(tmp_path: Path, supervisor: Any, monkeypatch:
     assert read_lease(run).life == 1
 
 
+def test_newer_life_ends_an_older_one_that_hangs(tmp_path: Path, supervisor: Any) -> None:
+    faults = [{"rank": rank, "step": 2, "what": "hang", "lives": [0]} for rank in (0, 1)]
+    run = toy_run(tmp_path, toy_plan(), faults=faults, **FOREVER)
+    source = run.code / "launcher" / "supervise.py"
+    source.write_text(source.read_text().replace("HEARTBEAT_S = 30.0", "HEARTBEAT_S = 0.1"))
+    older = supervisor(run)
+    wait_until(lambda: trained(run) >= 2, run)
+    newer = supervisor(run)
+    assert older.wait(60) == 7, story(run)
+    assert names(run) == ["started", "started"]
+    assert rank_pids(run, 0) == []
+    newer.send_signal(signal.SIGTERM)
+    assert newer.wait(60) == 7, story(run)
+
+
+def test_older_life_that_breaks_says_nothing_of_the_run(tmp_path: Path, supervisor: Any) -> None:
+    run = toy_run(tmp_path, toy_plan())
+    run.plan_file().write_text("{}")
+    take_lease(run, 1, None)
+    assert supervisor(run).wait(60) == 7, story(run)
+    assert run.supervisor_log(0).exists() and names(run) == []
+
+
 def test_older_life_is_refused(tmp_path: Path) -> None:
     run = toy_run(tmp_path, toy_plan())
     take_lease(run, 1, None)
     with pytest.raises(RuntimeError, match="life 1 holds the run"):
         take_lease(run, 0, None)
+
+
+def test_older_life_cannot_overwrite_the_newer_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looked just before the newer one came, and writes just after."""
+    run = toy_run(tmp_path, toy_plan())
+    older = take_lease(run, 0, None)
+    assert may_commit(run, 0) and renew_lease(run, older)
+    newer = take_lease(run, 1, None)
+    with monkeypatch.context() as late:
+        late.setattr("launcher.run.may_commit", lambda run, life: True)
+        renew_lease(run, older)
+    assert read_lease(run) == newer
+    assert not may_commit(run, 0) and not renew_lease(run, older)
+    assert may_commit(run, 1) and renew_lease(run, newer)
+
+
+def test_life_ten_is_newer_than_life_nine(tmp_path: Path) -> None:
+    run = toy_run(tmp_path, toy_plan())
+    for life in (9, 10):
+        take_lease(run, life, None)
+    assert read_lease(run).life == 10
 
 
 def test_lives_are_claimed_once(tmp_path: Path) -> None:
@@ -252,8 +365,8 @@ def test_full_disk_does_not_end_the_training(tmp_path: Path, supervisor: Any) ->
     source.write_text(source.read_text().replace("HEARTBEAT_S = 30.0", "HEARTBEAT_S = 0.1"))
     process = supervisor(run)
     wait_until(lambda: trained(run) >= 2, run)
-    run.lease_file.unlink()
-    run.lease_file.mkdir()
+    run.lease_file(0).unlink()
+    run.lease_file(0).mkdir()
     assert process.wait(60) == 0, story(run)
     assert "no heartbeat" in run.supervisor_log(0).read_text()
 
@@ -273,3 +386,17 @@ def test_run_of_slurm_outside_of_a_job(tmp_path: Path, supervisor: Any, monkeypa
     run.plan_file().write_text(json.dumps(json.loads(run.plan_file().read_text()) | {"site": plan.site}))
     assert supervisor(run).wait(60) == 6
     assert "sbatch job.sbatch" in run.events("failed")[0]["cause"]
+
+
+def test_resume_after_a_start_that_failed(tmp_path: Path, supervisor: Any) -> None:
+    run = toy_run(tmp_path, toy_plan())
+    plan = run.plan_file().read_text()
+    run.plan_file().write_text("{}")
+    run.append_event("submitted", life=0)
+    assert supervisor(run).wait(60) == 6
+    assert state_of(run, Known()) == "failed"
+    run.plan_file().write_text(plan)
+    run.append_event("resumed", life=run.lives_started())
+    assert state_of(run, Known()) == "queued"
+    assert supervisor(run).wait(60) == 0, story(run)
+    assert state_of(run, Known()) == "finished" and run.events("started")[0]["life"] == 1

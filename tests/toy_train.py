@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from launcher import checkpoint, metrics
-from launcher.run import ExitRecord, Run, now, write_exit_record
+from launcher.errors import EXIT_DO_NOT_RETRY
+from launcher.run import ExitRecord, Run, may_commit, now, write_exit_record
 
 
 def main() -> None:
@@ -31,6 +32,8 @@ def main() -> None:
         if asked:
             save(run, life, rank, step, "stop", plan.world_size)
             leave(run, life, rank, step, 85, "stopped")
+        if rank == 0 and not may_commit(run, life):
+            leave(run, life, rank, step, EXIT_DO_NOT_RETRY, "a newer life owns the run")
         time.sleep(toy["step_s"])
         step += 1
         if rank == 0:

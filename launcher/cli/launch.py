@@ -38,7 +38,7 @@ class Launched:
 def launch(line: Line, *, new: bool) -> Launched:
     """Check, image, stage, create, submit; or what there is of this identity. Errors: every class of ``launcher.errors``."""
     from launcher.runs import RunExists, create_run, find_existing
-    from launcher.submit import submit
+    from launcher.submit import AlreadyGoing, submit
 
     plan, findings = planned(line)
     refuse(findings)
@@ -54,9 +54,12 @@ def launch(line: Line, *, new: bool) -> Launched:
         try:
             run = create_run(plan, lambda run: rendered(line, plan, run), line.preset.text, runs, new=new)
             return Launched(run, "submitted", "queued", submit(run))
-        except RunExists as error:  # two submissions at once: the other one was first
+        except (RunExists, AlreadyGoing) as error:  # two submissions at once: the other one was first
             existing = error.run
-    return _again(line, plan, existing)
+    try:
+        return _again(line, plan, existing)
+    except AlreadyGoing:
+        return Launched(existing, "shown", state_now(existing))
 
 
 def states_now(runs: Sequence[Run]) -> list[State]:
@@ -83,15 +86,15 @@ def state_now(run: Run) -> State:
 def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_current: bool) -> Launched:
     """Begin another life; ``wish`` holds what is to change. Errors: UsageError when it belongs to the identity or the run lives."""
     from launcher.planner import identity_keys_changed
-    from launcher.submit import resume
+    from launcher.submit import resume, turns
 
-    state = state_now(run)
+    seen, state = turns(run), state_now(run)
     if state == "finished" and from_checkpoint is None:
         raise UsageError(f"{run.id} is finished: {run.model}", code="finished", hint="to train on from an earlier point: --from epoch-1")
     if state in GOING:
         raise UsageError(f"{run.id} is {state}", code="alive", hint=f"ftlaunch status {run.id}")
     if not (wish.settings or wish.options or wish.allowed):
-        return Launched(run, "resumed", "queued", resume(run, from_checkpoint=from_checkpoint, code_current=code_current))
+        return Launched(run, "resumed", "queued", resume(run, seen=seen, from_checkpoint=from_checkpoint, code_current=code_current))
     before = run.plan(run.lives_started())
     line = line_of(run, before, wish)
     container = _as_chosen(line, before.container)
@@ -103,7 +106,7 @@ def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_curren
         raise UsageError(message, code="identity", hint="submit a preset with that change")
     plan = replace(plan, identity=before.identity)
     script = batch_script(line, plan, run)
-    job = resume(run, from_checkpoint=from_checkpoint, code_current=code_current, plan=plan, job_script=script)
+    job = resume(run, seen=seen, from_checkpoint=from_checkpoint, code_current=code_current, plan=plan, job_script=script)
     return Launched(run, "resumed", "queued", job)
 
 
@@ -129,16 +132,16 @@ def line_of(run: Run, plan: Plan, wish: Wish) -> Line:
 
 def _again(line: Line, plan: Plan, run: Run) -> Launched:
     """A run of this identity is there: shown when it lives or is finished, else resumed as this submission would have it."""
-    from launcher.submit import resume
+    from launcher.submit import resume, turns
 
-    state = state_now(run)
+    seen, state = turns(run), state_now(run)
     if state in GOING or state == "finished":
         return Launched(run, "shown", state)
     before = run.plan(run.lives_started())
     if to_json(before) == to_json(plan):
-        return Launched(run, "resumed", "queued", resume(run))
+        return Launched(run, "resumed", "queued", resume(run, seen=seen))
     say(f"{run.id} goes on with what changed")
-    return Launched(run, "resumed", "queued", resume(run, plan=plan, job_script=batch_script(line, plan, run)))
+    return Launched(run, "resumed", "queued", resume(run, seen=seen, plan=plan, job_script=batch_script(line, plan, run)))
 
 
 def preview(line: Line) -> dict[str, str]:

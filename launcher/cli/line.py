@@ -69,7 +69,9 @@ def read(wish: Wish) -> Line:
     options = {f"slurm.{key}" if key in SLURM_KEYS else key: value for key, value in (wish.options or {}).items()}
     preset = read_preset(wish.preset, settings=wish.settings, options=options)
     config = read_config()
-    site = _with_absolute_template(read_site(choose_site(wish.site, environ=os.environ, config=config, preset=preset).value))
+    site = _with_absolute_template(
+        read_site(choose_site(wish.site, environ=os.environ, config=config, preset=preset).value, environ=os.environ)
+    )
     named = preset.value.stack
     return Line(
         wish,
@@ -228,7 +230,9 @@ def stack_and_site(target: str, site: str | None) -> tuple[Loaded[Stack], Site]:
 def site_of(option: str | None) -> Site:
     """The site of a command that has no preset: ``--site``, ``$FTLAUNCH_SITE``, the user's configuration, ``local``."""
     config = read_config()
-    return read_site(option or os.environ.get("FTLAUNCH_SITE") or (config.value.site if config else None) or "local").value
+    return read_site(
+        option or os.environ.get("FTLAUNCH_SITE") or (config.value.site if config else None) or "local", environ=os.environ
+    ).value
 
 
 def _with_absolute_template(site: Loaded[Site]) -> Loaded[Site]:

@@ -14,6 +14,7 @@ from launcher.preset.model import ModelFacts
 from launcher.preset.schema import Lora, Preset
 from launcher.preset.site import Site
 from launcher.preset.stack import Stack
+from launcher.supported import EXECUTED
 
 GATES = frozenset({"driver-too-old", "time-above-partition"})
 """Codes of errors that are a refusal (exit code 3); every other error is a wrong preset or command line (2)."""
@@ -24,10 +25,8 @@ ALLOWED_BY = {"driver-too-old": "driver", "time-above-partition": "time"}
 NOT_EXECUTED_YET = "not-executed-yet"
 """Code of the warning that a plan is right but the training cannot run it yet: ``submit`` must refuse it before anything queues."""
 
-EXECUTED_ATTENTION = ("eager", "sdpa")
-EXECUTED_PARALLELISM = ("single", "ddp", "device_map")
-EXECUTED_DTYPE = ("fp32", "bf16", "fp16")
-EXECUTED_OPTIMIZER = ("adamw", "adafactor")
+NOT_BUILT_YET = "not-built-yet"
+"""Code of the error that a value is known and nothing does it."""
 
 
 def check_plan(plan: Plan, preset: Preset, hardware: Hardware, site: Site, stack: Stack | None, facts: ModelFacts | None) -> list[Finding]:
@@ -35,11 +34,13 @@ def check_plan(plan: Plan, preset: Preset, hardware: Hardware, site: Site, stack
     found = [
         *_node(plan, preset, hardware),
         *_site(plan, preset, site),
+        *_not_built(preset, site),
         *_gpu(plan, preset, hardware),
         *_stack(plan, preset, hardware, stack),
         *_model(preset, facts),
         *_not_executed(plan, preset, stack),
         *_batch(plan),
+        *_never_run(preset),
         *_not_predicted(facts),
     ]
     softened = [
@@ -161,6 +162,10 @@ def _stack(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack | None) 
     minimum = known.minimum_driver(stack)
     if minimum is None:
         yield _warning("driver-unknown", f"nothing is known about the driver that CUDA {stack.cuda} needs", "stack")
+    elif hardware.driver is None and hardware.cuda is not None and stack.minimum_driver is None:
+        if known.version(hardware.cuda)[0] < known.version(stack.cuda)[0]:
+            message = f"stack {stack.name} (CUDA {stack.cuda}) needs driver {minimum}, {hardware.name}'s announces CUDA {hardware.cuda}"
+            yield _error("driver-too-old", message, "stack", "a stack for an older CUDA, or --allow driver")
     elif hardware.driver is None:
         message = f"the driver of {hardware.name} is not known; stack {stack.name} needs {minimum} or newer"
         yield _warning("driver-unknown", message, "hardware", "nvidia-smi on a node says it; write driver: into your hardware file")
@@ -183,19 +188,39 @@ def _model(preset: Preset, facts: ModelFacts | None) -> Iterator[Finding]:
                 yield _error("lora-target", f"the model has no linear layer {target}", "adapter.targets", hint)
 
 
+def _not_built(preset: Preset, site: Site) -> Iterator[Finding]:
+    """A site's findings have no key: what they are about is not in the preset."""
+    if preset.data.packing not in EXECUTED["data.packing"]:
+        yield _error(NOT_BUILT_YET, "packing with borders kept is not built yet", "data.packing", "packing: flatten")
+    for name, work in (("build", site.build), ("stage", site.stage)):
+        if work.on != "here":
+            hint = f"{name}.on: here in your site's file, and first run ftlaunch {name} on a compute node: submit uses what it finds"
+            message = f"site {site.name}: {name}.on: {work.on} is not built yet: ftlaunch {name} works where it is started"
+            yield Finding("error", NOT_BUILT_YET, message, hint=hint)
+    for name, value in (("cache", site.cache), ("submit_limit", site.submit_limit)):
+        if value is not None:
+            yield Finding("warning", "no-effect-yet", f"site {site.name}: {name} has no effect yet", hint=f"leave {name} out")
+
+
+def _never_run(preset: Preset) -> Iterator[Finding]:
+    if preset.parallelism == "device_map" and preset.gpus > 1:
+        message = "no model was split over GPUs by ftlaunch yet, nor any run made on a GPU: only the plan of the split was tested"
+        yield _warning("not-executed-here", message, "parallelism", "watch the first steps")
+    elif preset.gpus:
+        yield Finding("advice", "not-executed-here", "no run of ftlaunch was made on a GPU yet", key="gpus", hint="watch the first steps")
+
+
 def _not_executed(plan: Plan, preset: Preset, stack: Stack | None) -> Iterator[Finding]:
-    if preset.data.packing == "documents":
-        yield _error("not-built-yet", "packing with borders kept is not built yet", "data.packing", "packing: flatten")
-    wanted = (
-        ("attention", plan.attention, EXECUTED_ATTENTION),
-        ("parallelism", preset.parallelism, EXECUTED_PARALLELISM),
-        ("training.dtype", preset.training.dtype, EXECUTED_DTYPE),
-        ("training.optimizer", preset.training.optimizer, EXECUTED_OPTIMIZER),
-    )
-    for key, value, executed in wanted:
-        if value not in executed:
+    wanted = {
+        "attention": plan.attention,
+        "parallelism": preset.parallelism,
+        "training.dtype": preset.training.dtype,
+        "training.optimizer": preset.training.optimizer,
+    }
+    for key, value in wanted.items():
+        if value not in EXECUTED[key]:
             message = f"{value} is planned and rendered, but the training does not run it yet: submit refuses"
-            yield _warning(NOT_EXECUTED_YET, message, key, f"runs now: {', '.join(executed)}")
+            yield _warning(NOT_EXECUTED_YET, message, key, f"runs now: {', '.join(EXECUTED[key])}")
     if stack is not None and plan.attention in known.HALF_ONLY_ATTENTION and plan.attention not in stack.attention:
         message = f"stack {stack.name} is without flash-attn, which needs a compiler image and was not built here: submit refuses"
         yield _warning(NOT_EXECUTED_YET, message, "stack", "attention: xformers, or a stack of your own")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from launcher.errors import UsageError
-from launcher.plan import Container
+from launcher.plan import BIND, Container
 
 _SYSTEM = "HOME LANG LOGNAME PATH SHELL TERM TZ USER http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY HF_TOKEN"
 _RANK = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT CUDA_DEVICE_ORDER CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL"
@@ -39,7 +39,6 @@ KEPT_PREFIXES = (
 """Names that begin so are kept as well: the scheduler's, and what tunes network and arithmetic."""
 
 _PART = r"(?:\\.|[^:\\])+"
-_BIND = re.compile(rf"(?=/){_PART}(:(?=/){_PART}(:{_PART})?)?")
 
 
 def enter(
@@ -85,7 +84,7 @@ def mount(value: str) -> list[str]:
     As ``--mount``, whose fields can be quoted: ``--bind`` drops spaces beside an escaped character, and takes a comma for the end.
     Errors: UsageError.
     """
-    if not _BIND.fullmatch(value):
+    if not BIND.fullmatch(value):
         hint = "source[:target[:options]], absolute paths, \\: for a colon in a path"
         raise UsageError(f"{value!r} is not a bind", code="bind", key="binds", hint=hint)
     source, *rest = (re.sub(r"\\(.)", r"\1", part) for part in re.findall(_PART, value))

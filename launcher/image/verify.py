@@ -7,6 +7,7 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.checkpoint import hash_file
 from launcher.errors import ActionError, Finding, UsageError
 from launcher.image.apptainer import ask, find_apptainer, labels, last_line
 from launcher.image.enter import enter
@@ -50,7 +51,8 @@ def verify_image(image: Path, site: Site, *, file: str | None = None, line: int 
     machine = _GO_MACHINES.get(named.get("org.label-schema.build-arch", ""), platform.machine())
     if machine != platform.machine():
         raise refuse(f"is for {machine}, this machine is {platform.machine()}")
-    container = Container("apptainer", str(image.absolute()), None, command, tuple(site.container.binds), dict(site.container.env))
+    content = hash_file(image)  # its path may name another image tomorrow
+    container = Container("apptainer", str(image.absolute()), content, command, tuple(site.container.binds), dict(site.container.env))
     source = Path(__file__).with_name("inside.py").read_text(encoding="utf-8")
     answer = ask(enter(container, str(image.absolute()), ["python3", "-c", source]))
     try:

@@ -5,7 +5,6 @@ Everything that is asked of the machine comes as an argument: environment, home,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from launcher.preset.config import UserConfig
 from launcher.preset.reading import COMMAND_LINE, SET, Loaded
 from launcher.preset.schema import Preset, Slurm
 from launcher.preset.site import Site
+from launcher.preset.variables import with_variables
 
 SLURM_KEYS = ("account", "partition", "qos", "time", "constraint", "reservation", "exclude", "mail")
 SLURM_ENVIRONMENT = {"account": "SBATCH_ACCOUNT", "partition": "SBATCH_PARTITION", "qos": "SBATCH_QOS"}
@@ -126,12 +126,8 @@ def _checked(key: str, value: str, variable: str) -> str:
 def _expanded(text: str | None, name: str, site: Site, environ: Mapping[str, str], home: Path) -> str | None:
     if text is None:
         return None
-
-    def replaced(match: re.Match[str]) -> str:
-        variable = match[1] or match[2]
-        if not environ.get(variable):
-            raise UsageError(f"site {site.name}: {name}: {text}: ${variable} is not set", code="no-variable", key=name)
-        return environ[variable]
-
-    text = re.sub(r"\$(?:\{([A-Za-z_][A-Za-z0-9_]*)\}|([A-Za-z_][A-Za-z0-9_]*))", replaced, text)
-    return str(home / text[2:]) if text.startswith("~/") else text
+    try:
+        full = with_variables(text, environ)
+    except LookupError as error:
+        raise UsageError(f"site {site.name}: {name}: {text}: ${error.args[0]} is not set", code="no-variable", key=name) from None
+    return str(home / full[2:]) if full.startswith("~/") else full

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
+
+from launcher.plan import BIND
 
 
 class Frozen(BaseModel):
@@ -22,6 +24,16 @@ Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9@%+=:,.
 
 Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]*$", max_length=4096)]
 """Free text on one line: no control characters, line separators or direction marks."""
+
+
+def _bind(value: str) -> str:
+    if not BIND.fullmatch(re.sub(r"(^|:)\$", r"\1/", value)):
+        raise ValueError(f"{value!r} is no bind; write source[:target[:options]], paths absolute or beginning with $VARIABLE")
+    return value
+
+
+Bind = Annotated[Text, AfterValidator(_bind)]
+"""A folder or file that a container sees."""
 
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 

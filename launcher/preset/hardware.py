@@ -39,5 +39,5 @@ class Hardware(Frozen):
     driver: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] | None = None
     """Version of the NVIDIA driver; none when unknown."""
     cuda: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
-    """CUDA version that the driver announces; none when unknown."""
+    """CUDA version that the driver announces; none when unknown. Says whether a stack runs where ``driver`` is not known."""
     notes: list[Text] = []

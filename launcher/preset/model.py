@@ -12,6 +12,7 @@ from pydantic import Field
 
 from launcher.preset.fields import Frozen, Text
 from launcher.preset.schema import RepoName
+from launcher.supported import LORA_TARGETS
 
 Positive = Annotated[int, Field(gt=0)]
 Architecture = Literal["starcoder2", "gpt_bigcode", "llama"]
@@ -88,8 +89,9 @@ def num_parameters(facts: ModelFacts) -> int:
 
 
 def num_lora_parameters(facts: ModelFacts, rank: int, targets: list[str] | None) -> int:
-    """Parameters of the adapters: rank × (rows + columns) for each target of each layer; default targets: all linear layers."""
-    chosen = [matrix for matrix in layer_matrices(facts) if targets is None or matrix.name in targets]
+    """Parameters of the adapters: rank × (rows + columns) for each target of each layer; default: ``LORA_TARGETS``."""
+    names = LORA_TARGETS[facts.architecture] if targets is None else targets
+    chosen = [matrix for matrix in layer_matrices(facts) if matrix.name in names]
     return facts.layers * rank * sum(matrix.rows + matrix.columns for matrix in chosen)
 
 

@@ -9,6 +9,7 @@ exclusive choices (model name, path, config; data name, path; adapter; stack; ba
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from typing import Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from launcher.errors import Finding, UsageError
+from launcher.plan import BIND
 from launcher.preset.complaints import complaints, nearest, shown
 from launcher.preset.config import UserConfig
 from launcher.preset.hardware import Hardware
@@ -26,6 +28,7 @@ from launcher.preset.schema import Preset
 from launcher.preset.site import Site
 from launcher.preset.stack import Stack
 from launcher.preset.tree import Node, Where, merge, parse, places, plain, put, single, without_nulls
+from launcher.preset.variables import with_variables
 from launcher.shipped import shipped
 
 T = TypeVar("T", bound=BaseModel)
@@ -87,9 +90,12 @@ def read_preset(name: str, *, settings: Sequence[str] = (), options: Mapping[str
     return _read(_PRESET, _find(_PRESET, name, None), [layer for layer in layers if layer is not None], findings)
 
 
-def read_site(name: str, *, home: Path | None = None, at: Where | None = None) -> Loaded[Site]:
-    """By path, else from ``~/.config/ftlaunch/sites``, else shipped. ``at``: where it was named, for the message."""
-    return _read(_SITE, _find(_SITE, name, home or Path.home(), at))
+def read_site(name: str, *, home: Path | None = None, at: Where | None = None, environ: Mapping[str, str] | None = None) -> Loaded[Site]:
+    """By path, else from ``~/.config/ftlaunch/sites``, else shipped. ``at``: where it was named, for the message.
+
+    Variables in binds and in the container's environment are replaced from ``environ``, by default this process's.
+    """
+    return _with_variables(_read(_SITE, _find(_SITE, name, home or Path.home(), at)), os.environ if environ is None else environ)
 
 
 def read_hardware(name: str, *, home: Path | None = None, at: Where | None = None) -> Loaded[Hardware]:
@@ -171,6 +177,33 @@ def _read(kind: _Kind[T], file: Path, layers: Sequence[Node] = (), findings: lis
     if findings:
         raise UsageError(findings=sorted(findings, key=lambda finding: (finding.file != str(file), finding.file or "", finding.line or 0)))
     return Loaded(value, text, file, places(tree))
+
+
+def _with_variables(loaded: Loaded[Site], environ: Mapping[str, str]) -> Loaded[Site]:
+    """Errors: UsageError for each variable that is not set, or that makes no bind."""
+    findings: list[Finding] = []
+
+    def filled(text: str, key: str, *, bind: bool) -> str:
+        where = loaded.where(key)
+        try:
+            full = with_variables(text, environ, bind=bind)
+        except LookupError as error:
+            findings.append(Finding("error", "no-variable", f"{text}: ${error.args[0]} is not set", where.file, where.line, key))
+            return text
+        if bind and not BIND.fullmatch(full):
+            findings.append(Finding("error", "bind", f"{text}: {full} has a path that is not absolute", where.file, where.line, key))
+        return full
+
+    def binds(room: str, texts: Sequence[str]) -> list[str]:
+        return [filled(text, f"{room}.binds.{number}", bind=True) for number, text in enumerate(texts)]
+
+    site = loaded.value
+    env = {name: filled(text, f"container.env.{name}", bind=False) for name, text in site.container.env.items()}
+    container = site.container.model_copy(update={"binds": binds("container", site.container.binds), "env": env})
+    network = site.network.model_copy(update={"binds": binds("network", site.network.binds)})
+    if findings:
+        raise UsageError(findings=findings)
+    return replace(loaded, value=site.model_copy(update={"container": container, "network": network}))
 
 
 def _extended(kind: _Kind[T], file: Path, text: str, below: list[Path], findings: list[Finding]) -> Node | None:

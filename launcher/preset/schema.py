@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from launcher.preset.fields import Duration, Frozen, Name, Text, Word, duration_min
+from launcher.preset.fields import Duration, Frozen, Name, Text, Word
 
 Attention = Literal["auto", "eager", "sdpa", "flash2", "flash3", "xformers", "flex"]
 Parallelism = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "device_map"]
@@ -147,7 +147,7 @@ class Slurm(Frozen):
     partition: Word | None = None
     qos: Name | None = None
     time: Duration | None = None
-    """Walltime of one life. Default: what the run needs, at most the partition's limit."""
+    """Walltime of one life. Default: the limit of the partition where the site knows it, else 24 hours."""
     constraint: Word | None = None
     reservation: Name | None = None
     exclude: Word | None = None
@@ -203,8 +203,3 @@ class Preset(Frozen):
         if self.parallelism == "device_map" and (self.nodes != 1 or (self.ranks_per_node or 1) != 1):
             raise ValueError("parallelism: device_map is one process on one node")
         return self
-
-
-def time_min(preset: Preset) -> int | None:
-    """The walltime that the user typed, minutes."""
-    return None if preset.slurm.time is None else int(duration_min(preset.slurm.time))

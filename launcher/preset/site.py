@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from launcher.preset.fields import Duration, EnvName, Frozen, Name, Text, Word
+from launcher.preset.fields import Bind, Duration, EnvName, Frozen, Name, Text, Word
 
 
 class SiteContainer(Frozen):
@@ -18,8 +18,8 @@ class SiteContainer(Frozen):
     mount: Literal["auto", "file", "unpack"] = "auto"
     """How a node uses the image. file: directly (setuid Apptainer, kernel mount). unpack: to a folder on node disk first.
     auto: unpack where the mount would be a FUSE process inside the job step, which dies of the stop signal."""
-    binds: list[Text] = []
-    """``source[:target[:options]]``."""
+    binds: list[Bind] = []
+    """``source[:target[:options]]``; ``$VARIABLES`` are replaced when the site is read, as those in ``env`` are."""
     env: dict[EnvName, Text] = {}
 
 
@@ -28,16 +28,16 @@ class Partition(Frozen):
     max_nodes: Annotated[int, Field(gt=0)] | None = None
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     gpu: Name | None = None
-    """Our name of the GPU kind."""
+    """Our name of the GPU kind. This and the rest of a partition are for people to read: nothing depends on them yet."""
     preemptible: bool = False
     grace_s: Annotated[int, Field(ge=0)] | None = None
     """Seconds between the notice of a preemption and the kill."""
     internet: bool | None = None
-    """Whether its nodes reach the Internet; none when unknown (taken as no)."""
+    """Whether its nodes reach the Internet; none when unknown."""
 
 
 class Work(Frozen):
-    """Where building or staging happens."""
+    """Where building or staging happens. Only ``here`` is built: the planner refuses the others."""
 
     on: Literal["here", "slurm", "elsewhere"] = "here"
     partition: Name | None = None
@@ -48,11 +48,13 @@ class Network(Frozen):
     """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME."""
     host_suffix: Word | None = None
     env: dict[EnvName, Text] = {}
-    binds: list[Text] = []
+    binds: list[Bind] = []
+    """As ``container.binds``."""
 
 
 class Mirrors(Frozen):
-    """Where a build takes its packages from; default: what pip and apt of the building machine are configured with."""
+    """Where a build takes its packages from; default: what pip and apt of the building machine are configured with. May hold passwords:
+    it is left out of plans."""
 
     debian: Text | None = None
     pip_index: Text | None = None
@@ -101,6 +103,7 @@ class Site(Frozen):
     images: Text | None = None
     data: Text | None = None
     cache: Text | None = None
+    """No effect yet: the libraries' caches of a run lie in its folder."""
     modules: list[Word] = []
     """Loaded in the batch script, never purged."""
     batch_template: Text | None = None
@@ -108,3 +111,4 @@ class Site(Frozen):
     network: Network = Network()
     mirrors: Mirrors = Mirrors()
     submit_limit: Annotated[int, Field(gt=0)] | None = None
+    """Jobs that a user may have in the queue. No effect yet."""

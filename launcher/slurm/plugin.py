@@ -16,7 +16,7 @@ from submitit.core import core
 from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob, SlurmJobEnvironment
 
-from launcher.errors import ActionError, RunStopped, UsageError
+from launcher.errors import RunStopped, UsageError
 from launcher.run import Run
 from launcher.slurm.tools import sbatch
 
@@ -65,9 +65,9 @@ class FtlaunchExecutor(SlurmExecutor):
         before = set(self.folder.glob("*.pkl"))
         try:
             return core.PicklingExecutor._internal_process_submissions(self, delayed_submissions)
-        except ActionError:
+        except BaseException:
             for left in set(self.folder.glob("*.pkl")) - before:
-                left.unlink()
+                left.unlink(missing_ok=True)
             raise
 
     @property
@@ -89,7 +89,7 @@ class FtlaunchJobEnvironment(SlurmJobEnvironment):
 
 
 def submit_run(run: Run, life: int) -> str:
-    """Submit the next life of ``run`` through submitit; returns the job id. Errors: ActionError, MissingError."""
+    """Submit the next life of ``run`` through submitit; returns the job id. Errors: ActionError, Unanswered, MissingError."""
     executor = FtlaunchExecutor(run.submitit)
     executor.life = life
     return str(executor.submit(live, str(run.root)).job_id)

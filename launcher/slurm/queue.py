@@ -21,18 +21,21 @@ STATES: dict[str, JobState] = {
 
 
 def look_up(job_ids: Sequence[str], tools: Mapping[str, str]) -> dict[str, Known]:
-    """What Slurm knows of each job, with one call of squeue and, for those it does not list, one of sacct."""
+    """What Slurm knows of each job, with one call of squeue and, for those it does not list, one of sacct.
+
+    A job that squeue denies is ``gone`` when accounting, which many clusters lack, cannot say more.
+    """
     wanted = [job_id for job_id in dict.fromkeys(job_ids) if job_id.isdigit()]
     if not wanted:
         return {}
     listed = _squeue(wanted, tools)
     rest = [job_id for job_id in wanted if job_id not in (listed or {})]
     told = _sacct(rest, tools) if rest else {}
-    if listed is not None and told is not None:
+    if listed is not None and told:
         # The queue does not have it: what accounting still calls alive (REQUEUED, after a scancel) ended without a record.
         told = {job_id: known for job_id, known in told.items() if known.state not in ("pending", "running", "ending")}
-    # Only who was asked and answered can say that there is no such job.
-    nothing = Known("gone") if listed is not None and told is not None else Known("unknown", "Slurm could not be asked")
+    # Only the queue can say that there is no such job: accounting may be missing or late.
+    nothing = Known("gone") if listed is not None else Known("unknown", "Slurm could not be asked")
     return {job_id: (listed or {}).get(job_id) or (told or {}).get(job_id) or nothing for job_id in wanted}
 
 

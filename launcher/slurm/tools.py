@@ -16,11 +16,20 @@ REQUIRED = ("sbatch", "srun", "scontrol", "scancel")
 OPTIONAL = ("squeue", "sacct")
 
 TIMEOUT_S = 60
+SBATCH_TIMEOUT_S = 300
+"""Longer, since a job may have been accepted when its answer does not come."""
 
 _PREFIX = re.compile(r"^(sbatch|scontrol|scancel|squeue|sacct|srun): (error: )?")
 
+_NO_ANSWER = re.compile(r"timed out|zero bytes", re.IGNORECASE)
+"""What sbatch says when it asked the controller and lost the answer."""
+
 _SCRUBBED_PREFIXES = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI", "SUBMITIT_", "FTLAUNCH_LIFE", "FTLAUNCH_SUBMITIT")
 _SCRUBBED_NAMES = frozenset(["PYTHONPATH", "PYTHONHOME", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"])
+
+
+class Unanswered(ActionError):
+    """sbatch did not say what became of the job: it may have been accepted."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ def find_tools() -> dict[str, str]:
 
 
 def call(argv: Sequence[str], *, environ: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = TIMEOUT_S) -> Answer:
-    """Run one of Slurm's programs to its end."""
+    """Run one of Slurm's programs to its end. In a session of its own: a Ctrl-C in the terminal is for us, not for it."""
     try:
         done = subprocess.run(
             list(argv),
@@ -67,6 +76,7 @@ def call(argv: Sequence[str], *, environ: Mapping[str, str] | None = None, cwd: 
             errors="replace",
             timeout=timeout_s,
             check=False,
+            start_new_session=True,
         )
     except subprocess.TimeoutExpired:
         return Answer(124, "", f"{argv[0]} did not answer within {timeout_s:g} s")
@@ -92,14 +102,27 @@ def sbatch(
 ) -> str:
     """Submit ``script`` from its own folder's run; returns the job id. ``extra`` is added to the job's environment.
 
-    Errors: ActionError (5) with Slurm's own reason on one line; MissingError (4) when ``program`` is not there.
+    Errors: ActionError (5) with Slurm's own reason on one line; Unanswered (5) when the job may have been accepted all the same;
+    MissingError (4) when ``program`` is not there.
     """
-    answer = call(
-        [program, "--parsable", *options, str(script)], environ={**clean_environment(environ), **(extra or {})}, cwd=script.parent
-    )
+    environ = {**clean_environment(environ), **(extra or {})}
+    answer = call([program, "--parsable", *options, str(script)], environ=environ, cwd=script.parent, timeout_s=SBATCH_TIMEOUT_S)
     if answer.code == 127:
         raise MissingError(answer.reason, code="no-slurm")
     job_id = answer.stdout.strip().splitlines()[-1].partition(";")[0] if answer.stdout.strip() else ""
-    if answer.code != 0 or not job_id.isdigit():
-        raise ActionError(f"sbatch refused {script}: {answer.reason}", code="sbatch-refused")
-    return job_id
+    if answer.code == 0 and job_id.isdigit():
+        return job_id
+    # 124 and a death by signal are ours; with 0 it was accepted, whatever sbatch printed.
+    if answer.code in (0, 124) or answer.code < 0 or _NO_ANSWER.search(answer.reason):
+        raise Unanswered(
+            f"sbatch gave no job id for {script}, which may have been accepted: {answer.reason}",
+            code="sbatch-unanswered",
+            hint=f"before anything else, look: squeue --name={_job_name(script)}; resume the run only if there is no such job",
+        )
+    raise ActionError(f"sbatch refused {script}: {answer.reason}", code="sbatch-refused")
+
+
+def _job_name(script: Path) -> str:
+    """As the script asks for it, else as Slurm chooses it."""
+    named = re.search(r"^#SBATCH --job-name=(.+)$", script.read_text(encoding="utf-8"), re.MULTILINE)
+    return named[1] if named else script.name

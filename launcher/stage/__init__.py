@@ -22,7 +22,7 @@ from launcher.errors import MissingError, UsageError
 from launcher.plan import Container, Staged
 from launcher.stage.child import Where
 from launcher.stage.shelf import make, read_facts
-from launcher.stage.sources import Local, check_model, content_sha, find_local, find_stdlib, leaves, tokenizer_sha
+from launcher.stage.sources import Local, content_sha, find_local, find_model, find_stdlib, leaves, tokenizer_sha
 
 if TYPE_CHECKING:
     from launcher.preset.schema import Preset
@@ -79,6 +79,7 @@ def stage(
         data_sha=facts["data_sha"],
         model_revision=model.commit,
         data_revision=texts.commit,
+        model_sha=model.sha,
     )
 
 
@@ -104,6 +105,8 @@ class _ModelFolder:
     folder: Path
     tokenizer_sha: str
     commit: str = ""
+    sha: str = ""
+    """Hash of the content of a folder that the user brings, which is used where it lies."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +222,10 @@ def _model(shop: _Shop, preset: Preset, container: Container, software: Mapping[
         return _ModelFolder(folder, facts["tokenizer_sha"], commit)
     if model.path is not None:
         folder = Path(model.path).expanduser().resolve()
-        check_model(folder, "model.path")
+        files = find_model(folder, "model.path")
         if container.use == "apptainer":
-            _refuse_outside(Local("files", str(folder), tuple(file.name for file in folder.iterdir() if file.is_file())), "model.path")
-        return _ModelFolder(folder, tokenizer_sha(folder))
+            _refuse_outside(files, "model.path")
+        return _ModelFolder(folder, tokenizer_sha(folder), sha=content_sha(files, shop.data / "hashes", key="model.path"))
     assert model.config is not None, "the schema demands a source"
     request = {"task": "model", "config": model.config, "seed": preset.training.seed, "selection": texts.selection}
     key = {**request, "source": _identity(texts), "software": dict(software)}

@@ -14,7 +14,8 @@ from typing import Any
 from launcher.errors import ActionError, UsageError
 from launcher.stage.child import Say, serve
 from launcher.stage.documents import COLUMN, no_column
-from launcher.stage.sources import TOKENIZER_FILES, check_model, tokenizer_sha
+from launcher.stage.sources import check_model, tokenizer_sha
+from launcher.supported import TOKENIZER_FILES
 
 MODEL_FILES = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", *TOKENIZER_FILES)
 NOT_MODEL_FILES = ("*/*", "consolidated*")

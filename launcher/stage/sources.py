@@ -18,13 +18,12 @@ from typing import Literal
 
 from launcher.errors import UsageError
 from launcher.files import write_json
+from launcher.supported import TOKENIZER_FILES
 
 RECORD_SUFFIXES = (".jsonl", ".parquet")
 STDLIB_WITHOUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json",
-    "tokenizer.model", "tokenizer_config.json", "vocab.json",
-)  # fmt: skip
+MODEL_SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
+"""What ``from_pretrained`` reads of a folder."""
 RACY_S = 2.0
 """A file that changed so shortly before it was hashed may change again without its time moving."""
 
@@ -92,10 +91,10 @@ def split_of(name: str) -> str:
     return first if rest else re.sub(r"(-\d+-of-\d+)?\.[a-z]+$", "", first)
 
 
-def content_sha(local: Local, cache: Path | None = None) -> str:
+def content_sha(local: Local, cache: Path | None = None, *, key: str = "data.path") -> str:
     """SHA-256 over names (of a folder's files) and contents. ``cache``: a folder that remembers it by paths, sizes and times of change.
 
-    Errors: UsageError when a file cannot be read.
+    Errors: UsageError that names ``key`` when a file cannot be read.
     """
     root = Path(local.root)
     started = time.time()
@@ -111,15 +110,22 @@ def content_sha(local: Local, cache: Path | None = None) -> str:
             digest.update(f"{len(label.encode())}:{label}:{state.st_size}:".encode())
             _digest_file(digest, root / name)
     except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", file=error.filename, key="data.path", code="unreadable") from None
+        raise UsageError(f"cannot be read: {error.strerror}", file=error.filename, key=key, code="unreadable") from None
     if known is not None and max(state.st_mtime for state in states) < started - RACY_S:
         known.parent.mkdir(parents=True, exist_ok=True)
         write_json(known, {"sha256": digest.hexdigest(), "root": local.root}, mode=0o644)
     return digest.hexdigest()
 
 
-def check_model(folder: Path, key: str) -> None:
-    """That a folder has config, all its safetensors and a tokenizer. Errors: UsageError naming what is missing."""
+def find_model(folder: Path, key: str) -> Local:
+    """The files of a whole model that a training may read. Errors: UsageError naming what is missing."""
+    shards = check_model(folder, key)
+    top = {file.name for file in folder.iterdir() if file.suffix in MODEL_SUFFIXES and file.is_file()}
+    return Local("files", str(folder), tuple(sorted(top | set(shards))))
+
+
+def check_model(folder: Path, key: str) -> list[str]:
+    """That a folder has config, all its safetensors, which are the answer, and a tokenizer. Errors: UsageError naming what is missing."""
 
     def demand(found: bool, what: str, hint: str | None = None) -> None:
         if not found:
@@ -136,11 +142,13 @@ def check_model(folder: Path, key: str) -> None:
         for shard in shards:
             demand(_filled(folder / shard), f"{shard}, which its index names")
     else:
+        shards = ["model.safetensors"]
         demand(
             _filled(folder / "model.safetensors"), "safetensors weights", "save them with save_pretrained; pickled weights are never loaded"
         )
     tokenizer = any(_filled(folder / name) for name in ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json"))
     demand(tokenizer, "tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    return shards
 
 
 def tokenizer_sha(folder: Path) -> str:

@@ -8,20 +8,10 @@ from pathlib import Path
 
 from launcher.files import sync_folder
 from launcher.run import Run
+from launcher.supported import TOKENIZER_FILES
 from launcher.train.engine import Engine
 from launcher.train.ranks import Ranks
 from launcher.train.state import require_ownership
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def save_final(run: Run, life: int, engine: Engine, staged_model: Path, ranks: Ranks, *, adapter: bool) -> None:
@@ -41,7 +31,7 @@ def _write(run: Run, life: int, engine: Engine, staged_model: Path, *, adapter: 
     shutil.rmtree(folder, ignore_errors=True)
     engine.model.save_pretrained(folder, **({"save_embedding_layers": False} if adapter else {}))
     # copied, not loaded and saved: another version of the libraries would write the tokenizer in its own way
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if (staged_model / name).exists():
             shutil.copyfile(staged_model / name, folder / name)
     for path in folder.rglob("*"):

@@ -11,16 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import UsageError
 from launcher.plan import Plan
+from launcher.supported import LORA_TARGETS
 from launcher.train.ranks import Ranks
 from launcher.train.split import device_split, weight_budget
 
 LOG = logging.getLogger("launcher.train")
-
-LORA_TARGETS = {
-    "starcoder2": ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"],
-    "gpt_bigcode": ["c_attn", "c_proj", "c_fc"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
 
 
 def load_model(plan: Plan, folder: str, ranks: Ranks) -> Any:
@@ -84,7 +79,7 @@ def _with_lora(model: Any, adapter: dict[str, Any], seed: int) -> Any:
         r=adapter["rank"],
         lora_alpha=adapter["alpha"],
         lora_dropout=adapter["dropout"],
-        target_modules=targets,
+        target_modules=list(targets),
         task_type="CAUSAL_LM",
     )
     try:

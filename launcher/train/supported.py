@@ -7,13 +7,7 @@ from typing import Any
 
 from launcher.errors import UsageError
 from launcher.plan import Plan, Staged
-
-_SUPPORTED = {
-    "parallelism": ("single", "ddp", "device_map"),
-    "attention": ("eager", "sdpa"),
-    "data.packing": ("none", "flatten", "concatenate"),
-    "training.optimizer": ("adamw", "adafactor"),
-}
+from launcher.supported import EXECUTED
 
 
 def require_supported(plan: Plan) -> Staged:
@@ -22,15 +16,13 @@ def require_supported(plan: Plan) -> Staged:
         "parallelism": plan.preset["parallelism"],
         "attention": plan.attention,
         "data.packing": plan.preset["data"]["packing"],
+        "training.dtype": plan.preset["training"]["dtype"],
         "training.optimizer": plan.preset["training"]["optimizer"],
     }
     for key, value in values.items():
-        if value not in _SUPPORTED[key]:
-            raise UsageError(f"{value} is not here yet", code="not-here-yet", key=key, hint=f"one of {', '.join(_SUPPORTED[key])}")
-    dtype = plan.preset["training"]["dtype"]
-    if dtype == "bf16_pure":
-        raise UsageError("bf16_pure needs stochastic rounding, not here yet", code="not-here-yet", key="training.dtype", hint="bf16")
-    if dtype == "fp16" and plan.layout.gpus_per_node == 0:
+        if value not in EXECUTED[key]:
+            raise UsageError(f"{value} is not here yet", code="not-here-yet", key=key, hint=f"one of {', '.join(EXECUTED[key])}")
+    if values["training.dtype"] == "fp16" and plan.layout.gpus_per_node == 0:
         raise UsageError("fp16 needs a GPU", code="fp16-cpu", key="training.dtype", hint="fp32 or bf16 on CPU")
     if plan.world_size > 1 and plan.preset["parallelism"] != "ddp":
         raise UsageError(

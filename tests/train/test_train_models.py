@@ -1,13 +1,16 @@
 """Models as they are trained: separate documents in one row, the split over GPUs, adapters."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 from training_runs import LORA, SEQUENCE, VOCABULARY, make_data, make_model, make_run, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.errors import GateError, UsageError
+from launcher.supported import TOKENIZER_FILES
 from launcher.train import borders as borders_module
+from launcher.train import final
 from launcher.train.batches import Samples, collate
 from launcher.train.borders import borders, form_for, require_borders
 from launcher.train.model import load_model
@@ -94,6 +97,19 @@ def test_lora_targets_that_the_model_lacks(tmp_path):
     run = make_run(tmp_path / "run", model_folder, make_data(tmp_path / "data", 4), adapter={**LORA, "targets": ["c_attn"]})
     with pytest.raises(UsageError, match=r"adapter\.targets"):
         load_model(run.plan(), str(model_folder), Ranks(0, 1, CPU))
+
+
+def test_every_tokenizer_file_that_staging_takes_is_beside_the_final_model(tmp_path):
+    class Saved:
+        def save_pretrained(self, folder):
+            folder.mkdir()
+
+    (tmp_path / "staged").mkdir()
+    for name in TOKENIZER_FILES:
+        (tmp_path / "staged" / name).write_text(name)
+    run = make_run(tmp_path / "run", tmp_path / "staged", make_data(tmp_path / "data", 4))
+    final._write(run, 0, SimpleNamespace(model=Saved()), tmp_path / "staged", adapter=False)
+    assert sorted(path.name for path in run.model.iterdir()) == sorted(TOKENIZER_FILES) and "spiece.model" in TOKENIZER_FILES
 
 
 def test_longer_than_the_models_positions(tmp_path):

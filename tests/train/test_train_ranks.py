@@ -125,7 +125,7 @@ def test_no_good_checkpoint_is_not_retried(tmp_path):
     ("sections", "ranks", "message"),
     [
         ({"attention": "flex"}, 1, "attention: flex is not here yet (one of eager, sdpa)"),
-        ({"training": {"dtype": "bf16_pure"}}, 1, "training.dtype: bf16_pure needs stochastic rounding, not here yet (bf16)"),
+        ({"training": {"dtype": "bf16_pure"}}, 1, "training.dtype: bf16_pure is not here yet (one of fp32, bf16, fp16)"),
         ({"training": {"dtype": "fp16"}}, 1, "training.dtype: fp16 needs a GPU (fp32 or bf16 on CPU)"),
         ({"training": {"optimizer": "adamw_8bit"}}, 1, "training.optimizer: adamw_8bit is not here yet (one of adamw, adafactor)"),
         ({"data": {"packing": "documents"}}, 1, "data.packing: documents is not here yet (one of none, flatten, concatenate)"),
