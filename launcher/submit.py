@@ -8,9 +8,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from launcher.checkpoint import Manifest, committed
@@ -169,13 +171,26 @@ def _start_on_slurm(run: Run, life: int, event: str, undo: ExitStack, **details:
 
 @contextmanager
 def _signals_held() -> Iterator[None]:
-    """INT and TERM wait: between sbatch's answer and our note of it they would lose a job."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    """INT and TERM wait: between sbatch's answer and our note of it they would lose a job.
+
+    By handlers, not by a mask: where a library has started threads, a signal comes in through one that does not block it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
+        yield
+        return
+    held: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(number)
+
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in dict.fromkeys(held):
+        signal.raise_signal(number)
 
 
 def start_supervisor(run: Run) -> int:
