@@ -189,8 +189,8 @@ def _signals_held() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    for number in dict.fromkeys(held):
-        signal.raise_signal(number)
+    for heard in dict.fromkeys(held):
+        signal.raise_signal(heard)
 
 
 def start_supervisor(run: Run) -> int:
