@@ -54,9 +54,14 @@ def _present(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     if not begun and not started:
         return []
     first = int(events[begun[-1]]["life"]) if begun else int(started[-1]["life"])
-    since = begun[-1] if begun else 0
-    # A batch script that cannot start Python knows no life; its event counts by its place.
-    return [event for index, event in enumerate(events) if (event["life"] >= first if "life" in event else index > since)]
+    since = begun[-1] if begun else -1
+
+    def belongs(index: int, event: dict[str, Any]) -> bool:
+        # A batch script that cannot start Python knows no life, and a waiting run that was cancelled is resumed under the same life.
+        by_place = "life" not in event or event["event"] == "cancel_requested"
+        return index > since if by_place else event["life"] >= first
+
+    return [event for index, event in enumerate(events) if belongs(index, event)]
 
 
 def _phase(turn: Sequence[dict[str, Any]]) -> State:

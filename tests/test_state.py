@@ -180,3 +180,12 @@ def test_resumed_after_a_start_that_failed(tmp_path: Path) -> None:
     run.append_event("started", life=claim_life(run), job_id="8")
     assert state_of(run, Known("running")) == "running"
     assert run.lives_started() == 2
+
+
+def test_resumed_after_it_was_cancelled_while_waiting(tmp_path: Path) -> None:
+    run = run_with(tmp_path, *events("submitted", "cancel_requested", **SLURM), ("cancelled", None, SLURM), ("resumed", 0, SLURM))
+    assert state_of(run, Known("pending")) == "queued"
+    run.append_event("started", life=0, **SLURM)
+    assert state_of(run, Known("running")) == "running"
+    run.append_event("stopped", life=0, **SLURM)
+    assert state_of(run, Known("completed")) == "stopped"
