@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import pytest
 REPOSITORY = Path(__file__).parent.parent
 AS_USER = REPOSITORY / "tests" / "hpc" / "as-ftuser"
 HPC = Path(os.environ.get("FTLAUNCH_HPC", "/var/lib/ftlaunch-hpc"))
+
+# Where tests run in the background INT is ignored, and would be by every program that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True)
