@@ -1,4 +1,4 @@
-"""What the tests share: the stack of ``tests/hpc`` as a fixture, and the reason where it is not there."""
+"""What the tests share: the stack of ``tests/hpc`` as a fixture, the reason where it is not there, a pretended Slurm, toy runs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from launcher.run import Run, process_start, read_lease
+from tests.fake_slurm import FakeSlurm, make_fake_slurm
 
 REPOSITORY = Path(__file__).parent.parent
 AS_USER = REPOSITORY / "tests" / "hpc" / "as-ftuser"
@@ -110,3 +114,39 @@ def _missing_stack() -> str | None:
         return f"the test stack is not up ({HPC}/env is missing)"
     ping = subprocess.run(["bash", "-c", f'. "{HPC}/env"; scontrol ping'], capture_output=True, text=True)
     return None if "UP" in ping.stdout else "the test stack's slurmctld does not answer"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = make_fake_slurm(tmp_path / "bin", monkeypatch)
+    fake.answer("sbatch", {"out": "4711\n"})
+    return fake
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Toy runs on this machine, whose supervisors are gone at the end."""
+    from tests.toy import toy_plan, toy_run  # needs pydantic, which the source's stack is without
+
+    made: list[Run] = []
+
+    def make(**behaviour: Any) -> Run:
+        made.append(toy_run(tmp_path / "runs", toy_plan(), new=True, **behaviour))
+        return made[-1]
+
+    yield make
+    for run in made:
+        lease = read_lease(run)
+        if lease and process_start(lease.pid) == lease.pid_start:
+            os.kill(lease.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def trained(local: Callable[..., Run]) -> Run:
+    from tests.toy_runs import fake_checkpoint
+
+    run = local(steps=10)
+    for step, epoch in ((2, None), (4, 1), (6, None), (8, 2)):
+        fake_checkpoint(run, step, epoch)
+    run.model.mkdir()
+    return run

@@ -1,4 +1,4 @@
-"""The planner: numbers, identity, gates. Stacks, hardware and sites are written here, so that shipped ones may change."""
+"""The planner: layout, batch, time limit, identity."""
 
 from __future__ import annotations
 
@@ -8,60 +8,11 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import Finding
-from launcher.hardware.gates import ALLOWED_BY, GATES
-from launcher.plan import Container, Plan, Staged, from_json, to_json
-from launcher.planner import identity_keys_changed, make_plan, summary
-from launcher.preset.hardware import Hardware
-from launcher.preset.model import ModelFacts
+from launcher.plan import Container, Staged, from_json, to_json
+from launcher.planner import identity_keys_changed, summary
 from launcher.preset.schema import Preset
 from launcher.preset.site import Site
-from launcher.preset.stack import Stack
-
-FACTS = ModelFacts(
-    architecture="llama", parameters=1000, layers=2, hidden=8, heads=2, kv_heads=2, intermediate=16, vocab=32, context=4096, tied=False,
-    linear_layers=["q_proj", "v_proj"],
-)  # fmt: skip
-STAGED = Staged(model="/m", data="/d", train_samples=100, eval_samples=0, train_targets=1, data_sha="abc")
-GPU = {"kind": "a100", "memory_gib": 80, "compute_capability": "8.0"}
-
-
-def preset(**changes: Any) -> Preset:
-    training = {"sequence_length": 1024, "effective_batch": 24, "micro_batch": 8, "learning_rate": 3e-5, **changes.pop("training", {})}
-    value = {
-        "name": "x", "model": {"name": "a/b"}, "data": {"name": "a/c"}, "hardware": "node", "gpus": 2, "stack": "s", "training": training,
-    }  # fmt: skip
-    return Preset.model_validate({**value, **changes})
-
-
-def hardware(**changes: Any) -> Hardware:
-    value = {"name": "node", "source": "a test", "cpus": 64, "memory_gib": 480, "gpus": 8, "gpu": GPU, "driver": "555.42.02"}
-    return Hardware.model_validate({**value, **changes})
-
-
-def site(**changes: Any) -> Site:
-    return Site.model_validate({"name": "cluster", "source": "a test", "scheduler": "slurm", **changes})
-
-
-def stack(**changes: Any) -> Stack:
-    value = {
-        "name": "s", "base": {"kind": "debootstrap", "suite": "bookworm"}, "python": "3.11", "cuda": "12.8",
-        "packages": {"torch": "2.10.0", "transformers": "5.23.0"}, "attention": ["eager", "sdpa", "xformers"],
-        "parallelism": ["single", "ddp", "device_map", "zero3"],
-    }  # fmt: skip
-    return Stack.model_validate({**value, **changes})
-
-
-def plan_of(wish: Preset | None = None, **changes: Any) -> tuple[Plan, list[Finding]]:
-    arguments: dict[str, Any] = {"hardware": hardware(), "site": site(), "stack": stack(), "model_facts": FACTS, **changes}
-    container = arguments.pop("container", Container("apptainer"))
-    return make_plan(
-        wish or preset(), arguments.pop("hardware"), arguments.pop("site"), arguments.pop("stack"), container=container, **arguments
-    )
-
-
-def worst(findings: list[Finding]) -> list[str]:
-    return [f"{finding.level}: {finding.code}: {finding}" for finding in findings if finding.level != "advice"]
+from tests.plans import STAGED, plan_of, preset, site, stack
 
 
 @pytest.mark.parametrize(
@@ -242,7 +193,7 @@ def test_identity_of_an_own_image() -> None:
 
 def test_identity_is_64_hex_digits_and_does_not_move() -> None:
     """A change here makes every run a new one: wanted, or a mistake."""
-    assert plan_of()[0].identity == "d3124cda6d0c9f805c7c1ff7f1a3faa33e03181f8a6c5681ebae5dcab92427e4"
+    assert plan_of()[0].identity == "31cd6817c932952d1035ec22f7ed569ea8a1ebc4d1a7c51c747723d4b14d1405"
 
 
 def test_pure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,233 +213,6 @@ def test_pure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert after == before
 
 
-V100 = {"gpu": {**GPU, "kind": "v100", "compute_capability": "7.0"}}
-PARTITION = {"partitions": {"gpu": {"max_time": "24h", "gpus_per_node": 4, "max_nodes": 2}}}
-
-
-@pytest.mark.parametrize(
-    ("wish", "changes", "expected"),
-    [
-        ({"gpus": 9}, {}, "gpus-above-node: gpus: 9 GPUs, but a node of node has 8 (gpus: 8 and more nodes)"),
-        ({}, {"hardware": hardware(gpus=0, gpu=None)}, "gpus-above-node: gpus: 2 GPUs, but a node of node has none (gpus: 0)"),
-        ({"cpus_per_node": 65}, {}, "cpus-above-node: cpus_per_node: 65 CPUs, but a node of node has 64 (cpus_per_node: 64)"),
-        (
-            {"memory_per_node_gib": 500},
-            {},
-            "memory-above-node: memory_per_node_gib: 500 GiB of RAM, but a node of node has 480 (memory_per_node_gib: 480)",
-        ),
-        (
-            {"ranks_per_node": 3},
-            {},
-            "ranks-above-gpus: ranks_per_node: 3 ranks on 2 GPUs of a node: each rank needs its own (ranks_per_node: 2)",
-        ),
-        (
-            {"nodes": 2},
-            {"site": site(scheduler="none")},
-            "nodes-without-scheduler: nodes: 2 nodes, but site cluster is this machine alone (nodes: 1, or --site)",
-        ),
-        (
-            {},
-            {"site": site(account="required")},
-            "account-missing: slurm.account: site cluster wants an account (--account, or slurm.account)",
-        ),
-        (
-            {},
-            {"site": site(**PARTITION), "slurm": {"partition": "gpus"}},
-            "unknown-partition: slurm.partition: site cluster knows no partition gpus (did you mean gpu?)",
-        ),
-        (
-            {"gpus": 5},
-            {"site": site(**PARTITION), "slurm": {"partition": "gpu"}},
-            "gpus-above-partition: gpus: 5 GPUs a node, but partition gpu has 4 (gpus: 4)",
-        ),
-        (
-            {"nodes": 3},
-            {"site": site(**PARTITION), "slurm": {"partition": "gpu"}},
-            "nodes-above-partition: nodes: 3 nodes, but partition gpu gives a job 2 (nodes: 2)",
-        ),
-        (
-            {},
-            {"site": site(**PARTITION), "slurm": {"partition": "gpu", "time": "48h"}},
-            "time-above-partition: slurm.time: 48h, but partition gpu allows 24h (time: 24h; the run continues in a next life)",
-        ),
-        (
-            {"training": {"dtype": "bf16"}},
-            {"hardware": hardware(**V100)},
-            "dtype-not-on-gpu: training.dtype: bf16 needs compute capability 8.0, v100 has 7.0 (dtype: fp32 or fp16)",
-        ),
-        ({"gpus": 0, "training": {"dtype": "fp16"}}, {}, "dtype-not-on-gpu: training.dtype: fp16 needs a GPU (dtype: fp32 or bf16)"),
-        (
-            {"gpus": 0, "attention": "xformers"},
-            {},
-            "attention-not-on-gpu: attention: xformers has no backward pass on CPU (attention: sdpa)",
-        ),
-        (
-            {"training": {"dtype": "fp16"}, "attention": "flash2"},
-            {"hardware": hardware(**V100)},
-            "attention-not-on-gpu: attention: flash2 needs compute capability 8.0, v100 has 7.0 (attention: xformers or sdpa)",
-        ),
-        (
-            {"attention": "flash2", "training": {"dtype": "fp32"}},
-            {},
-            "attention-needs-half: attention: flash2 takes bf16 or fp16 only (dtype: bf16, or attention: sdpa)",
-        ),
-        ({"attention": "flex"}, {}, "attention-not-in-stack: attention: stack s has no flex (it has eager, sdpa, xformers)"),
-        ({"parallelism": "fsdp"}, {}, "parallelism-not-in-stack: parallelism: stack s has no fsdp (it has single, ddp, device_map, zero3)"),
-        ({}, {"stack": stack(cuda=None)}, "stack-without-cuda: stack: 2 GPUs, but stack s is for CPU (a stack with CUDA, or gpus: 0)"),
-        (
-            {"training": {"dtype": "fp32"}},
-            {"hardware": hardware(**V100), "stack": stack(packages={"torch": "2.11.0", "transformers": "5.0"})},
-            "gpu-older-than-stack: stack: torch of stack s needs compute capability 7.5, v100 has 7.0 (an older stack: torch2.3-cu121)",
-        ),
-        (
-            {},
-            {"stack": stack(cuda="13.0")},
-            "driver-too-old: stack: stack s (CUDA 13.0) needs driver 580, node has 555.42.02 "
-            "(a stack for an older CUDA, or --allow driver)",
-        ),
-        (
-            {},
-            {"stack": stack(minimum_driver="560")},
-            "driver-too-old: stack: stack s (CUDA 12.8) needs driver 560, node has 555.42.02 "
-            "(a stack for an older CUDA, or --allow driver)",
-        ),
-        (
-            {"training": {"sequence_length": 4097}},
-            {},
-            "sequence-too-long: training.sequence_length: 4097 tokens, but the model's context is 4096 (sequence_length: 4096)",
-        ),
-        (
-            {"adapter": {"kind": "lora", "targets": ["q_proj", "qproj", "zzz"]}},
-            {},
-            "lora-target: adapter.targets: the model has no linear layer qproj (did you mean q_proj?)\n"
-            "lora-target: adapter.targets: the model has no linear layer zzz (it has q_proj, v_proj)",
-        ),
-        (
-            {},
-            {"hardware": hardware(driver=None, cuda="12.5"), "stack": stack(cuda="13.0")},
-            "driver-too-old: stack: stack s (CUDA 13.0) needs driver 580, node's announces CUDA 12.5 "
-            "(a stack for an older CUDA, or --allow driver)",
-        ),
-        (
-            {},
-            {"site": site(build={"on": "slurm"})},
-            "not-built-yet: site cluster: build.on: slurm is not built yet: ftlaunch build works where it is started "
-            "(build.on: here in your site's file, and first run ftlaunch build on a compute node: submit uses what it finds)",
-        ),
-        (
-            {},
-            {"site": site(stage={"on": "elsewhere"})},
-            "not-built-yet: site cluster: stage.on: elsewhere is not built yet: ftlaunch stage works where it is started "
-            "(stage.on: here in your site's file, and first run ftlaunch stage on a compute node: submit uses what it finds)",
-        ),
-        (
-            {"data": {"name": "a/c", "packing": "documents"}},
-            {},
-            "not-built-yet: data.packing: packing with borders kept is not built yet (packing: flatten)",
-        ),
-    ],
-)
-def test_refused(wish: dict[str, Any], changes: dict[str, Any], expected: str) -> None:
-    findings = plan_of(preset(**wish), **changes)[1]
-    assert "\n".join(f"{finding.code}: {finding}" for finding in findings if finding.level == "error") == expected
-
-
-@pytest.mark.parametrize(
-    ("wish", "changes", "expected"),
-    [
-        ({}, {}, []),
-        (
-            {},
-            {"hardware": hardware(driver=None)},
-            [
-                "warning: driver-unknown: hardware: the driver of node is not known; stack s needs 525.60.13 or newer "
-                "(nvidia-smi on a node says it; write driver: into your hardware file)"
-            ],
-        ),
-        ({}, {"hardware": hardware(driver=None, cuda="12.5")}, []),
-        (
-            {},
-            {"site": site(cache="/scratch/cache", submit_limit=5)},
-            [
-                "warning: no-effect-yet: site cluster: cache has no effect yet (leave cache out)",
-                "warning: no-effect-yet: site cluster: submit_limit has no effect yet (leave submit_limit out)",
-            ],
-        ),
-        (
-            {"parallelism": "device_map"},
-            {},
-            [
-                "warning: not-executed-here: parallelism: no model was split over GPUs by ftlaunch yet, nor any run made on a GPU: "
-                "only the plan of the split was tested (watch the first steps)"
-            ],
-        ),
-        (
-            {"ranks_per_node": 1},
-            {},
-            ["warning: idle-gpus: ranks_per_node: 1 of 2 GPUs of a node get no rank (leave ranks_per_node out)"],
-        ),
-        (
-            {"training": {"dtype": "fp16", "tf32": True}},
-            {"hardware": hardware(**V100)},
-            ["warning: tf32-unused: training.tf32: v100 has no TF32 (tf32: false)"],
-        ),
-        ({"gpus": 0, "training": {"tf32": True}}, {}, ["warning: tf32-unused: training.tf32: there is no TF32 on CPU (tf32: false)"]),
-        (
-            {"attention": "xformers"},
-            {},
-            [
-                "warning: not-executed-yet: attention: xformers is planned and rendered, but the training does not run it yet: "
-                "submit refuses (runs now: eager, sdpa)"
-            ],
-        ),
-        (
-            {"parallelism": "zero3"},
-            {},
-            [
-                "warning: not-executed-yet: parallelism: zero3 is planned and rendered, but the training does not run it yet: "
-                "submit refuses (runs now: single, ddp, device_map)"
-            ],
-        ),
-    ],
-    ids=[
-        "nothing",
-        "driver-unknown",
-        "driver-by-cuda",
-        "site-no-effect",
-        "device-map",
-        "idle-gpus",
-        "tf32-v100",
-        "tf32-cpu",
-        "xformers",
-        "zero3",
-    ],
-)
-def test_warned(wish: dict[str, Any], changes: dict[str, Any], expected: list[str]) -> None:
-    assert worst(plan_of(preset(**wish), **changes)[1]) == expected
-
-
-def test_flash_is_planned_though_the_image_is_without_it() -> None:
-    findings = plan_of(preset(attention="flash2"))[1]
-    assert [(finding.level, finding.code, finding.key) for finding in findings if finding.level != "advice"] == [
-        ("warning", "not-executed-yet", "attention"),
-        ("warning", "not-executed-yet", "stack"),
-    ]
-
-
-def test_only_what_uses_gpus_is_called_never_run() -> None:
-    codes = {gpus: [finding.code for finding in plan_of(preset(gpus=gpus))[1]] for gpus in (0, 1)}
-    assert ["not-executed-here" in found for found in codes.values()] == [False, True]
-
-
-def test_allowed_gates_become_warnings_and_others_do_not() -> None:
-    changes: dict[str, Any] = {"stack": stack(cuda="13.0"), "site": site(**PARTITION), "slurm": {"partition": "gpu", "time": "48h"}}
-    levels = {finding.code: finding.level for finding in plan_of(**changes, allowed=["driver"])[1]}
-    assert (levels["driver-too-old"], levels["time-above-partition"]) == ("warning", "error")
-    assert {"driver-too-old", "time-above-partition"} <= GATES == set(ALLOWED_BY)
-    assert plan_of(**changes, allowed=["driver"])[0].allowed == ("driver",)
-
-
 def test_memory_and_time_are_not_guessed() -> None:
     plan, findings = plan_of(model_facts=None)
     assert (plan.memory, plan.time, plan.disk) == (None, None, None)
@@ -498,45 +222,3 @@ def test_memory_and_time_are_not_guessed() -> None:
         ("advice", "time-not-predicted"),
         ("advice", "model-facts-unknown"),
     ]
-
-
-@pytest.mark.parametrize(
-    ("wish", "checkpoint_gib"),
-    [
-        ({"training": {"optimizer": "adamw"}}, 12),
-        ({"training": {"optimizer": "adamw_8bit"}}, 6),
-        ({"training": {"optimizer": "adamw", "dtype": "bf16_pure"}}, 10),
-        ({"training": {"optimizer": "adafactor"}, "parallelism": "zero3"}, 8),
-    ],
-    ids=["adamw", "adamw-8bit", "bf16-pure", "adafactor-zero"],
-)
-def test_disk_of_a_checkpoint(wish: dict[str, Any], checkpoint_gib: int) -> None:
-    disk = plan_of(preset(**wish), model_facts=FACTS.model_copy(update={"parameters": 2**30}))[0].disk
-    assert disk is not None and disk.checkpoint_gib == checkpoint_gib
-
-
-@pytest.mark.parametrize(
-    ("wish", "kept"),
-    [
-        ({"training": {"epochs": 3}}, 3),
-        ({"training": {"epochs": 3}, "checkpoint": {"keep_epochs": 2}}, 2),
-        ({"training": {"epochs": 3}, "checkpoint": {"minutes": 30, "keep": 4}}, 7),
-        ({"training": {"epochs": 3}, "checkpoint": {"every": "100", "keep": 10}}, 10),
-        ({"training": {"epochs": 3}, "checkpoint": {"every": "never"}}, 2),
-    ],
-    ids=["epochs", "some-epochs", "timed", "steps", "never"],
-)
-def test_disk_of_a_run(wish: dict[str, Any], kept: int) -> None:
-    disk = plan_of(preset(**wish), model_facts=FACTS.model_copy(update={"parameters": 2**30}))[0].disk
-    assert disk is not None and disk.total_gib == 12 * (kept + 1) + 4
-
-
-def test_disk_of_adafactor_and_of_lora() -> None:
-    """2 layers of width 8, 16 inside, 2 heads, vocabulary 32: 40 rows and columns for the embedding and as many for the head."""
-    facts = FACTS.model_copy(update={"parameters": 2**30})
-    layer = 4 * (8 + 8) + 3 * (16 + 8)
-    plan, _ = plan_of(preset(training={"optimizer": "adafactor"}), model_facts=facts)
-    assert plan.disk is not None and plan.disk.checkpoint_gib == round(4 + 4 * (2 * layer + 2 * 40 + 5 * 8) / 2**30, 3)
-    from launcher.hardware.disk import num_trained
-
-    assert num_trained(preset(adapter={"kind": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}), facts) == 2 * 4 * 2 * (8 + 8)
