@@ -14,7 +14,7 @@ from launcher.preset.model import ModelFacts
 from launcher.preset.schema import Lora, Preset
 from launcher.preset.site import Site
 from launcher.preset.stack import Stack
-from launcher.supported import EXECUTED
+from launcher.supported import EXECUTED, choices
 
 GATES = frozenset({"driver-too-old", "time-above-partition"})
 """Codes of errors that are a refusal (exit code 3); every other error is a wrong preset or command line (2)."""
@@ -211,14 +211,8 @@ def _never_run(preset: Preset) -> Iterator[Finding]:
 
 
 def _not_executed(plan: Plan, preset: Preset, stack: Stack | None) -> Iterator[Finding]:
-    wanted = {
-        "attention": plan.attention,
-        "parallelism": preset.parallelism,
-        "training.dtype": preset.training.dtype,
-        "training.optimizer": preset.training.optimizer,
-    }
-    for key, value in wanted.items():
-        if value not in EXECUTED[key]:
+    for key, value in choices(plan.preset, plan.attention).items():
+        if key != "data.packing" and value not in EXECUTED[key]:
             message = f"{value} is planned and rendered, but the training does not run it yet: submit refuses"
             yield _warning(NOT_EXECUTED_YET, message, key, f"runs now: {', '.join(EXECUTED[key])}")
     if stack is not None and plan.attention in known.HALF_ONLY_ATTENTION and plan.attention not in stack.attention:

@@ -85,8 +85,8 @@ class Training(Frozen):
     """Passes over the training samples; a fraction ends in the middle of one."""
     effective_batch: Annotated[int, Field(gt=0)]
     """Samples of one optimizer step, over all ranks and micro steps."""
-    micro_batch: Annotated[int, Field(gt=0)] = 1
-    """Samples that a rank holds at once at most."""
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
+    """Samples that a rank holds at once at most; auto: the largest number that the memory model says fits."""
     optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -105,6 +105,8 @@ class Training(Frozen):
     """Let fp32 matrix products use TF32 tensor cores."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """full: every decoder layer is computed again in the backward pass."""
+    cross_entropy: Literal["plain", "chunked", "fused"] = "plain"
+    """plain: logits of the whole micro batch. chunked: of a piece at a time, computed again in the backward pass. fused: one kernel."""
     seed: Annotated[int, Field(ge=0)] = 42
 
     @model_validator(mode="after")
@@ -115,7 +117,8 @@ class Training(Frozen):
 
 
 class Lora(Frozen):
-    kind: Literal["lora"]
+    kind: Literal["lora", "rslora", "dora", "qlora"]
+    """rslora: scaled by the root of the rank. dora: magnitude and direction apart. qlora: on weights of 4 bits (nf4)."""
     rank: Annotated[int, Field(gt=0)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -140,6 +143,8 @@ class Checkpoint(Frozen):
     """Timed and step checkpoints kept (never fewer than 2 checkpoints in all)."""
     keep_epochs: Annotated[int, Field(ge=1)] | None = None
     """Epoch checkpoints kept; default all."""
+    preempted_every: Duration | None = None
+    """Mean time between two preemptions, for the advice on ``minutes``. Default: what the site says of the partition."""
 
 
 class Slurm(Frozen):
@@ -175,6 +180,8 @@ class Preset(Frozen):
     attention: Attention = "auto"
     adapter: Literal["none"] | Lora = "none"
     parallelism: Parallelism = "ddp"
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lies in the node's RAM instead of the GPU's memory: the optimizer's state, or that and the weights. ZeRO and fsdp only."""
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     hardware: Name

@@ -32,6 +32,8 @@ class Partition(Frozen):
     preemptible: bool = False
     grace_s: Annotated[int, Field(ge=0)] | None = None
     """Seconds between the notice of a preemption and the kill."""
+    preempted_every: Duration | None = None
+    """Mean time between two preemptions of a job, as its users see it."""
     internet: bool | None = None
     """Whether its nodes reach the Internet; none when unknown."""
 

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import UsageError
 from launcher.plan import Plan, Staged
-from launcher.supported import EXECUTED
+from launcher.supported import EXECUTED, choices
 
 
 def require_supported(plan: Plan) -> Staged:
     """The staged folders of a plan that can be trained. Errors: UsageError with the key and what works."""
-    values: dict[str, Any] = {
-        "parallelism": plan.preset["parallelism"],
-        "attention": plan.attention,
-        "data.packing": plan.preset["data"]["packing"],
-        "training.dtype": plan.preset["training"]["dtype"],
-        "training.optimizer": plan.preset["training"]["optimizer"],
-    }
+    values = choices(plan.preset, plan.attention)
     for key, value in values.items():
         if value not in EXECUTED[key]:
             raise UsageError(f"{value} is not here yet", code="not-here-yet", key=key, hint=f"one of {', '.join(EXECUTED[key])}")
