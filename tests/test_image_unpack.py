@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,19 @@ def test_unwritable_folders_are_removed_and_links_not_followed(tmp_path: Path) -
     remove_tree(tmp_path / "tree")
     assert [path.name for path in tmp_path.iterdir()] == ["outside"]
     assert (outside / "file").read_text() == "stays"
+
+
+def test_nodes_that_share_a_disk_sweep_at_the_same_time(tmp_path: Path) -> None:
+    """Each meets folders that another one has renamed and is removing."""
+    for _ in range(10):
+        for folder in (tmp_path / "x", tmp_path / ".dead-1-y"):
+            for number in range(40):
+                (folder / str(number)).mkdir(parents=True)
+                (folder / str(number) / "file").touch()
+            Owner("node1", "9", 0, "host", boot_id()).write(folder)
+        with ThreadPoolExecutor(4) as nodes:
+            swept = list(
+                nodes.map(lambda job: sweep(tmp_path, Owner("n", job, 0, "host", boot_id()), is_job_alive=lambda _: False), "abcd")
+            )
+        assert {path.name for paths in swept for path in paths} >= {"x", ".dead-1-y"}
+        assert list(tmp_path.iterdir()) == []

@@ -69,16 +69,25 @@ def job_is_alive(job: str) -> bool | None:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder, or do nothing when there is none. Folders that an image made unwritable are opened first."""
-    if not folder.is_dir() or folder.is_symlink():
-        return
+    """Remove a folder, or do nothing when there is none. Folders that an image made unwritable are opened first.
+
+    Others may remove, or rename and remove, the same folder at the same time.
+    """
+    while folder.is_dir() and not folder.is_symlink():
+        try:
+            _open(folder)
+            shutil.rmtree(folder)
+        except FileNotFoundError:  # somebody else was faster with this file, or with the whole folder
+            continue
+
+
+def _open(folder: Path) -> None:
     folder.chmod(0o700)
     for path, names, _ in os.walk(folder):
         for name in names:
             inner = Path(path, name)
             if not inner.is_symlink() and inner.stat().st_mode & 0o700 != 0o700:
                 inner.chmod(0o700)
-    shutil.rmtree(folder)
 
 
 def _is_dead(owner: Owner, me: Owner, is_job_alive: Callable[[str], bool | None]) -> bool:
