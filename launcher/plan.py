@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -62,6 +63,11 @@ class Batch:
     micro_steps: int
     """Forward and backward passes of every rank in one optimizer step; a rank with fewer samples runs zero-weight dummies."""
 
+    @property
+    def samples_per_micro_step(self) -> tuple[tuple[int, ...], ...]:
+        """Rank → samples that it takes in each micro step of a whole optimizer step; 0 is a dummy."""
+        return tuple(tuple(sizes(share, self.micro_steps)) for share in self.samples_per_rank)
+
 
 @dataclass(frozen=True)
 class Staged:
@@ -82,6 +88,11 @@ class Staged:
     """Commit on the hub, empty for local folders."""
     model_sha: str = ""
     """Hash of the content of ``model.path``, part of the run's identity; empty for a model that the preset names otherwise."""
+    length_bin_tokens: int = 0
+    length_counts: list[int] = field(default_factory=list)
+    """Number k: training samples of length_bin_tokens·k + 1 … length_bin_tokens·(k + 1) tokens; empty where they were not counted."""
+    cut_share: float = 0.0
+    """Share of the training documents' tokens that was cut at the sequence length."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +124,45 @@ class Memory:
 
 @dataclass(frozen=True)
 class Time:
+    """Predicted seconds and hours. None where the number of samples, the mean time between preemptions or the like is not known."""
+
     step_s: float
-    steps: int
-    total_h: float
-    gpu_hours: float
-    continuations: int
+    """One optimizer step."""
+    steps: int | None
+    total_h: float | None
+    """All lives together: steps, evaluations, checkpoints, start-ups; not the time in the queue."""
+    gpu_hours: float | None
+    """``total_h`` × all GPUs of the run, whether they work or wait; 0 on CPU."""
+    continuations: int | None
+    """Further lives that the time limit makes necessary; None also where no life would get further than the one before."""
+    step_parts: dict[str, float] = field(default_factory=dict)
+    """Seconds of a step: matmul, attention, elementwise, weights, launch, communication, optimizer, offload."""
+    evaluation_h: float | None = None
+    checkpoint_h: float | None = None
+    """Time in which training waits for checkpoints."""
+    startup_s: float = 0.0
+    """One life: start of the processes, weights, checkpoint, first steps."""
+    startup_h: float | None = None
+    """All lives."""
+    mfu: float | None = None
+    """(6·N + 12·L·d·S) × computed tokens ÷ time ÷ (all GPUs × ``peak_tflops``); None on CPU."""
+    peak_tflops: float | None = None
+    """Dense peak of the dtype that is trained in, TFLOP/s of one GPU."""
+    tokens_per_gpu_s: float = 0.0
+    """Computed tokens, pads included, per second and GPU (per node on CPU)."""
+    useful_share: float | None = None
+    """Share of the computed tokens that are the data's own; None where lengths are not known and there may be pads."""
+    cut_share: float | None = None
+    """Share of the data's tokens that is cut at the sequence length; None before staging."""
+    num_checkpoints: int | None = None
+    checkpoint_stop_s: float = 0.0
+    """Training waits so long for one checkpoint."""
+    best_checkpoint_min: float | None = None
+    """Minutes between checkpoints of least expected loss (Daly 2006, from Young 1974) at the preemption rate given; None without one."""
+    best_loss_share: float | None = None
+    """Expected time lost to checkpoints, repeated work and restarts at ``best_checkpoint_min``, over the time of training alone."""
+    expected_loss_share: float | None = None
+    """The same at the preset's own interval."""
 
 
 @dataclass(frozen=True)
@@ -180,9 +225,14 @@ def total_steps(num_samples: int, epochs: float, effective_batch: int) -> int:
 
 def rank_slices(num_samples: int, world_size: int) -> list[slice]:
     """Contiguous, as even as possible, larger shares first: 25 on 4 is 7, 6, 6, 6."""
-    share, extra = divmod(num_samples, world_size)
-    ends = [share * (rank + 1) + min(rank + 1, extra) for rank in range(world_size)]
+    ends = list(accumulate(sizes(num_samples, world_size)))
     return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
+def sizes(number: int, parts: int) -> list[int]:
+    """``number`` in ``parts`` shares, as even as possible, larger ones first."""
+    share, extra = divmod(number, parts)
+    return [share + (part < extra) for part in range(parts)]
 
 
 def write_plan(plan: Plan, path: Path) -> None:

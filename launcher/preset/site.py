@@ -94,7 +94,9 @@ class Site(Frozen):
     """After a stop: ``scontrol requeue`` (a follow-up job where it is refused), a follow-up job at once, or nothing."""
     signal: Literal["batch", "steps"] = "batch"
     """Who gets the notice before the time limit: ``--signal=B:USR2@…`` or ``--signal=USR2@…``."""
-    signal_lead_s: Annotated[int, Field(gt=0)] = 120
+    signal_lead_s: Annotated[int, Field(gt=0)] = 60
+    """Notice before the time limit, s, beside the time of one step and twice the time of a save: the way of the signal, the end of the
+    ranks, cleaning up."""
     build: Work = Work()
     stage: Work = Work()
     local_disk: list[Text] = ["$LOCAL_SCRATCH", "$SLURM_TMPDIR", "$TMPDIR", "/tmp"]
@@ -108,6 +110,11 @@ class Site(Frozen):
     """No effect yet: the libraries' caches of a run lie in its folder."""
     modules: list[Word] = []
     """Loaded in the batch script, never purged."""
+    checkpoint_write_gb_s: Annotated[float, Field(gt=0)] = 1.0
+    """How fast one run writes a checkpoint to the folder of runs, GB/s, all ranks together. Default: a guess for a shared file system in
+    use; measure yours, since the notice before the time limit and the advice on ``checkpoint.minutes`` come from it."""
+    checkpoint_read_gb_s: Annotated[float, Field(gt=0)] = 1.0
+    """How fast a life reads weights and checkpoints back, GB/s. Default: as for writing."""
     batch_template: Text | None = None
     """A jinja2 file in the place of ``templates/slurm/job.sbatch.j2``; a relative path counts from the site's file."""
     network: Network = Network()

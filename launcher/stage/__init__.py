@@ -70,6 +70,7 @@ def stage(
     model = _model(shop, preset, container, software, texts)
     folder, facts = _samples(shop, preset, software, texts, model)
     _check(preset, facts)
+    histogram = facts.get("length_histogram", {})
     return Staged(
         model=str(model.folder),
         data=str(folder),
@@ -80,6 +81,9 @@ def stage(
         model_revision=model.commit,
         data_revision=texts.commit,
         model_sha=model.sha,
+        length_bin_tokens=histogram.get("bin_tokens", 0),
+        length_counts=list(histogram.get("counts", ())),
+        cut_share=facts.get("cut_share", 0.0),
     )
 
 

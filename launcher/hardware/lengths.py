@@ -1,0 +1,76 @@
+"""How long the samples are: the histogram of staged token lengths, and what padding, flattening and attention make of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.plan import Staged
+
+VARLEN_ATTENTION = ("flash2", "flash3", "xformers", "flex")
+"""Kernels that take the borders of documents as lengths. eager and sdpa get a dense mask over the whole row and compute all of it."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token lengths of the samples after cutting."""
+
+    bin_tokens: int
+    counts: tuple[int, ...]
+    """Number k: samples of bin_tokens·k + 1 … bin_tokens·(k + 1) tokens."""
+    cut_share: float = 0.0
+    """Share of the documents' tokens that was cut at the sequence length."""
+
+    @property
+    def mean(self) -> float:
+        return self._moment(1)
+
+    @property
+    def mean_square(self) -> float:
+        return self._moment(2)
+
+    def _moment(self, power: int) -> float:
+        middle = (self.bin_tokens + 1) / 2
+        total = sum(count * (self.bin_tokens * k + middle) ** power for k, count in enumerate(self.counts))
+        return total / sum(self.counts)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a sample is to the GPU."""
+
+    tokens: float
+    """Computed per sample, pads included."""
+    useful_share: float | None
+    """Share of the computed tokens that are the sample's own; None when the lengths are not known and there may be pads."""
+    span: float
+    """Keys that each query is multiplied with, before a causal kernel halves it."""
+    dense_mask: bool
+    """A mask of S×S is given, so that no kernel skips what it hides."""
+
+
+def lengths_of(staged: Staged | None) -> Lengths | None:
+    """None without staged data, or where it was staged before lengths were kept."""
+    if staged is None or not sum(staged.length_counts):
+        return None
+    return Lengths(staged.length_bin_tokens, tuple(staged.length_counts), staged.cut_share)
+
+
+def shape_of(packing: str, attention: str, sequence_length: int, micro_batch: int, lengths: Lengths | None) -> Shape:
+    """The computed shape of a sample. Without lengths every sample counts as full."""
+    full, varlen = float(sequence_length), attention in VARLEN_ATTENTION
+    if packing == "concatenate":
+        return Shape(full, 1.0, full, False)
+    if packing == "documents":
+        within = lengths.mean_square / lengths.mean if lengths is not None and varlen else full
+        return Shape(full, 1.0, min(full, within), not varlen)
+    if lengths is None:
+        if packing == "flatten" and not varlen:
+            return Shape(full, 1.0, full * micro_batch, True)
+        return Shape(full, 1.0 if packing == "flatten" else None, full, packing == "none" and attention not in ("flash2", "flash3"))
+    mean = min(full, lengths.mean)
+    if packing == "none":
+        return Shape(full, mean / full, full, mean < 0.99 * full and attention not in ("flash2", "flash3"))
+    own = min(full, lengths.mean_square / lengths.mean)
+    if varlen:
+        return Shape(mean, 1.0, own, False)
+    return Shape(mean, 1.0, own + (micro_batch - 1) * mean, True)  # E[T²]/E[T] of a row of micro_batch samples
