@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint golden hpc-up hpc-down test-source-stack test-image-cuda clean
+.PHONY: demo test lint golden planner-report measure-memory hpc-up hpc-down test-source-stack test-image-cuda clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/ftlaunch submit presets/tiny.yaml --new --follow
@@ -20,6 +20,15 @@ lint: $(INSTALLED)
 
 golden: $(INSTALLED)  ## write the golden files anew; read the diff before committing it
 	$(VENV)/bin/python -m tests.make_golden
+	$(VENV)/bin/python -m tests.test_show
+	$(VENV)/bin/python -m tests.test_preset_broken
+	$(VENV)/bin/ftlaunch schema > presets/preset.schema.json
+
+planner-report: $(INSTALLED)  ## docs/planner.md: predicted against measured and published
+	$(VENV)/bin/python -m benchmarks.planner_report
+
+measure-memory: $(INSTALLED)  ## peaks of a training step at full size under fake tensors: about an hour on one core
+	$(VENV)/bin/python -m benchmarks.memory_fake
 
 hpc-up:
 	tests/hpc/up

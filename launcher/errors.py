@@ -40,9 +40,12 @@ class Finding:
     """Dotted path of the value: ``training.learning_rate``."""
     hint: str | None = None
     """What would be right, or the command to type next."""
+    column: int | None = None
+    """Of the key, from 1."""
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}: " if self.file and self.line else f"{self.file}: " if self.file else ""
+        place = [part for part in (self.file, self.line, self.column) if part]
+        where = f"{':'.join(map(str, place))}: " if self.file else ""
         key = f"{self.key}: " if self.key else ""
         hint = f" ({self.hint})" if self.hint else ""
         return f"{where}{key}{self.message}{hint}"
@@ -66,9 +69,10 @@ class FtlaunchError(Exception):
         line: int | None = None,
         key: str | None = None,
         hint: str | None = None,
+        column: int | None = None,
         findings: Sequence[Finding] = (),
     ) -> None:
-        own = Finding("error", code or self.default_code, message, file, line, key, hint)
+        own = Finding("error", code or self.default_code, message, file, line, key, hint, column)
         self.findings: tuple[Finding, ...] = tuple(findings) or (own,)
         super().__init__("\n".join(str(finding) for finding in self.findings))
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from launcher.errors import Finding
+from launcher.hardware.cadence import signal_lead_s
 from launcher.hardware.disk import predict_disk
+from launcher.hardware.fits import UNOBSERVED, Observed
 from launcher.hardware.gates import check_plan
-from launcher.plan import Batch, Container, Layout, Plan, Staged, rank_slices
+from launcher.hardware.lengths import lengths_of
+from launcher.hardware.memory import largest_micro_batch, predict_memory
+from launcher.hardware.time import missing_fact, predict_step, predict_time
+from launcher.plan import Batch, Container, Disk, Layout, Memory, Plan, Staged, Time, sizes
 from launcher.preset.choose import SLURM_KEYS
 from launcher.preset.fields import duration_min
 from launcher.preset.hardware import Hardware
@@ -19,14 +25,13 @@ from launcher.preset.schema import OwnImage, Preset
 from launcher.preset.site import Partition, Site
 from launcher.preset.stack import Stack
 
+T = TypeVar("T", Memory, Time)
+
 DEFAULT_TIME_MIN = 24 * 60
 """Walltime of one life when neither the user nor the partition says one. A run that needs longer continues in the next life."""
 
 MAX_THREADS = 8
 """More threads seldom make a rank's CPU work faster."""
-
-CHECKPOINT_WRITE_GB_S = 1.0
-"""How fast a checkpoint is taken to reach a shared file system, for the notice before the time limit."""
 
 NOT_IN_IDENTITY = frozenset(
     {
@@ -48,17 +53,38 @@ def make_plan(
     staged: Staged | None = None,
     model_facts: ModelFacts | None = None,
     allowed: Collection[str] = (),
+    observed: Observed = UNOBSERVED,
 ) -> tuple[Plan, list[Finding]]:
     """The plan, and findings: those of level error forbid to go on (``launcher.hardware.gates.GATES`` says which exit code).
 
     ``stack``: None for an image that the user brings and nobody has looked into. ``slurm``: the options that
     ``choose_slurm`` resolved; default: the preset's own. ``allowed``: gates that the user overrides: memory, driver, time.
     """
+    if hardware.driver is None and observed.driver is not None:
+        hardware = hardware.model_copy(update={"driver": observed.driver})
     options = _options(preset, site, slurm)
     partition = site.partitions.get(options.get("partition", ""))
-    layout = _layout(preset, hardware, site)
+    layout, attention = _layout(preset, hardware, site), _attention(preset, stack)
+    batch = _batch(preset, model_facts, hardware, layout, attention, stack)
+    memory = None if model_facts is None else predict_memory(preset, model_facts, hardware, layout, batch, attention, stack)
     disk = None if model_facts is None else predict_disk(preset, model_facts)
-    limit = _time_limit_min(site, options, partition)
+    limit_min = _time_limit_min(site, options, partition)
+    time, lead_s = None, _signal_lead_s(site, limit_min, disk, 0.0)
+    if model_facts is not None and missing_fact(preset, hardware) is None:
+        lengths = lengths_of(staged)
+        step_s = predict_step(preset, model_facts, hardware, layout, batch, attention, lengths)
+        lead_s = _signal_lead_s(site, limit_min, disk, step_s)
+        samples, eval_samples = num_samples(preset, staged)
+        time = predict_time(
+            preset, model_facts, hardware, site, layout, batch, attention,
+            num_samples=samples,
+            eval_samples=eval_samples or 0,
+            lengths=lengths,
+            checkpoint_gib=0.0 if disk is None else disk.checkpoint_gib,
+            time_limit_min=limit_min,
+            signal_lead_s=lead_s,
+            preempted_every_min=_preempted_every_min(preset, partition),
+        )  # fmt: skip
     plan = Plan(
         identity=identity(preset, stack, container, staged),
         preset=preset.model_dump(mode="json"),
@@ -66,17 +92,19 @@ def make_plan(
         site=site.model_dump(mode="json", exclude={"mirrors"}),  # of no use to a run, and a pip index may hold a password
         stack={} if stack is None else stack.model_dump(mode="json"),
         layout=layout,
-        batch=_batch(preset, layout.world_size),
-        attention=_attention(preset, stack),
+        batch=batch,
+        attention=attention,
         container=container,
-        time_limit_min=limit,
-        signal_lead_s=_signal_lead_s(site, limit, 0.0 if disk is None else disk.checkpoint_gib),
+        time_limit_min=limit_min,
+        signal_lead_s=lead_s,
         slurm={key: value for key, value in options.items() if key != "time"},
         staged=staged,
+        memory=None if memory is None else _rounded(memory),
+        time=None if time is None else _rounded(time),
         disk=disk,
         allowed=tuple(sorted(allowed)),
     )
-    return plan, check_plan(plan, preset, hardware, site, stack, model_facts)
+    return plan, check_plan(plan, preset, hardware, site, stack, model_facts, observed)
 
 
 def summary(plan: Plan) -> dict[str, object]:
@@ -96,6 +124,7 @@ def summary(plan: Plan) -> dict[str, object]:
         "micro_batch": plan.batch.micro_batch,
         "gradient_accumulation": plan.batch.micro_steps,
         "samples_per_rank": list(plan.batch.samples_per_rank),
+        "samples_per_micro_step": [list(steps) for steps in plan.batch.samples_per_micro_step],
         "sequence_length": training["sequence_length"],
         "attention": plan.attention,
         "adapter": adapter if isinstance(adapter, str) else adapter["kind"],
@@ -185,12 +214,40 @@ def _layout(preset: Preset, hardware: Hardware, site: Site) -> Layout:
     )
 
 
-def _batch(preset: Preset, world_size: int) -> Batch:
-    """Any effective batch on any number of ranks: shares as even as possible, in as many micro steps as the largest needs."""
-    effective = preset.training.effective_batch
-    shares = tuple(part.stop - part.start for part in rank_slices(effective, world_size))
-    micro_batch = min(preset.training.micro_batch, max(shares))
-    return Batch(effective, shares, micro_batch, -(-max(shares) // micro_batch))
+def num_samples(preset: Preset, staged: Staged | None) -> tuple[int | None, int | None]:
+    """Samples of one epoch, and of one evaluation; None where only staging can tell."""
+    if staged is not None:
+        return staged.train_samples, staged.eval_samples
+    documents = preset.data.num_samples
+    if documents is None or preset.data.packing in ("concatenate", "documents"):
+        return None, 0 if preset.evaluation.every == "never" else None
+    held_out = round(documents * preset.data.eval_share)
+    return documents - held_out, held_out or (0 if preset.evaluation.every == "never" else None)
+
+
+def _batch(preset: Preset, facts: ModelFacts | None, hardware: Hardware, layout: Layout, attention: str, stack: Stack | None) -> Batch:
+    """Any effective batch on any number of ranks: shares as even as possible, in as many micro steps as the largest needs.
+
+    ``micro_batch: auto`` is the largest that fits; 1 where none does, or where the memory is not predicted (gates say so).
+    """
+    effective, wanted = preset.training.effective_batch, preset.training.micro_batch
+    shares = tuple(sizes(effective, layout.world_size))
+    if wanted == "auto":
+        found = None if facts is None else largest_micro_batch(preset, facts, hardware, layout, shares, attention, stack)
+        wanted = found or 1
+    micro_steps = -(-max(shares) // min(wanted, max(shares)))
+    return Batch(effective, shares, -(-max(shares) // micro_steps), micro_steps)
+
+
+def _rounded(prediction: T) -> T:
+    """Six significant digits: predictions are good for two, and a file that holds them should not change with the last bit."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: rounded(entry) for name, entry in value.items()}
+        return float(f"{value:.6g}") if isinstance(value, float) else value
+
+    return replace(prediction, **{name: rounded(value) for name, value in vars(prediction).items()})
 
 
 def _attention(preset: Preset, stack: Stack | None) -> str:
@@ -211,10 +268,15 @@ def _time_limit_min(site: Site, options: Mapping[str, str], partition: Partition
     return DEFAULT_TIME_MIN
 
 
-def _signal_lead_s(site: Site, limit_min: int | None, checkpoint_gib: float) -> int:
-    """The site's lead, and twice the time that a checkpoint takes at ``CHECKPOINT_WRITE_GB_S``; at most half of the time limit."""
-    lead = site.signal_lead_s + int(2 * checkpoint_gib * 1.073741824 / CHECKPOINT_WRITE_GB_S)
-    return lead if limit_min is None else min(lead, limit_min * 30)
+def _signal_lead_s(site: Site, limit_min: int | None, disk: Disk | None, step_s: float) -> int:
+    """At most half of the time limit."""
+    lead_s = signal_lead_s(0.0 if disk is None else disk.checkpoint_gib, site.checkpoint_write_gb_s, step_s, site.signal_lead_s)
+    return lead_s if limit_min is None else min(lead_s, limit_min * 30)
+
+
+def _preempted_every_min(preset: Preset, partition: Partition | None) -> float | None:
+    said = preset.checkpoint.preempted_every or (partition.preempted_every if partition is not None else None)
+    return None if said is None else float(duration_min(said))
 
 
 def _determining(preset: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

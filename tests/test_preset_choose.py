@@ -9,8 +9,9 @@ import pytest
 from launcher.errors import UsageError
 from launcher.preset.choose import Chosen, Folders, choose_folders, choose_site, choose_slurm
 from launcher.preset.config import UserConfig
-from launcher.preset.reading import Loaded, read_config, read_preset, user_folder
+from launcher.preset.reading import Loaded, read_config, read_preset
 from launcher.preset.schema import Preset
+from launcher.preset.search import user_folder
 from launcher.preset.site import Site
 
 ENVIRON = {"SBATCH_ACCOUNT": "env", "SBATCH_PARTITION": "env", "SBATCH_QOS": "env", "SBATCH_CONSTRAINT": "env"}
@@ -40,8 +41,8 @@ def test_site_by_precedence(tmp_path: Path) -> None:
     environ = {"FTLAUNCH_SITE": "a"}
     assert choose_site("z", environ=environ, config=own, preset=typed) == Chosen("z", "--site")
     assert choose_site(None, environ=environ, config=own, preset=typed) == Chosen("a", "$FTLAUNCH_SITE")
-    assert choose_site(None, environ={}, config=own, preset=typed) == Chosen("b", f"{own.file}:1")
-    assert choose_site(None, environ={}, config=None, preset=typed) == Chosen("c", f"{typed.file}:2")
+    assert choose_site(None, environ={}, config=own, preset=typed) == Chosen("b", f"{own.file}:1:1")
+    assert choose_site(None, environ={}, config=None, preset=typed) == Chosen("c", f"{typed.file}:2:1")
     assert choose_site(None, environ={}, config=None, preset=preset(tmp_path)) == Chosen("local", "default")
 
 
@@ -50,8 +51,8 @@ def test_slurm_by_precedence(tmp_path: Path) -> None:
     typed = preset(tmp_path, "slurm: {account: typed, time: 3h}\n", **{"slurm.time": "2h", "slurm.reservation": "r"})
     at = site(default_account="s", default_partition="s", default_qos="s")
     assert choose_slurm(typed, at, environ=ENVIRON, config=own) == {
-        "account": Chosen("typed", f"{typed.file}:2"),
-        "partition": Chosen("own", f"{own.file}:1"),
+        "account": Chosen("typed", f"{typed.file}:2:9"),
+        "partition": Chosen("own", f"{own.file}:1:23"),
         "qos": Chosen("env", "$SBATCH_QOS"),
         "time": Chosen("2h", "command line"),
         "reservation": Chosen("r", "command line"),

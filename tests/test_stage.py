@@ -102,6 +102,9 @@ def test_tiny_on_the_standard_library(tiny: Staged, shelf: Path) -> None:
     assert max(max(sample) for sample in train["input_ids"]) < 512
     facts = json.loads(Path(tiny.data, "facts.json").read_text())
     assert {"cut_share", "length_histogram", "dropped", "versions", "tokenizer_sha", "key"} <= facts.keys()
+    assert (tiny.length_bin_tokens, tiny.length_counts) == tuple(facts["length_histogram"].values())
+    assert sum(tiny.length_counts) == tiny.train_samples
+    assert tiny.cut_share == facts["cut_share"] > 0
     assert [name for room in ("models", "datasets") for name in names(shelf / room) if name.startswith(".")] == []
 
 

@@ -19,9 +19,9 @@ LAYERS = [
     {"errors", "files", "metrics", "plan", "run", "checkpoint", "shipped", "supported"},
     {"templating", "preset", "hardware"},
     {"planner"},
-    {"render", "image", "stage", "ranks"},
+    {"render", "image", "stage", "ranks", "remedies", "advice"},
     {"slurm", "supervise", "continuation", "node", "processes", "runs", "state"},
-    {"submit", "follow", "report"},
+    {"submit", "follow", "report", "observe"},
     {"cli"},
 ]
 TRAIN_MAY_IMPORT = {"errors", "files", "plan", "run", "metrics", "checkpoint", "supported", "train"}

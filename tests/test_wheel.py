@@ -42,9 +42,9 @@ def test_check_and_render_a_shipped_preset(alone: Path, tmp_path: Path) -> None:
 
 
 def test_json_has_what_the_interface_promises(alone: Path, tmp_path: Path) -> None:
-    document = json.loads(ftlaunch(alone, tmp_path, "check", "tiny", "--json").stdout)
+    document = json.loads(ftlaunch(alone, tmp_path, "check", "tiny", "--json", "--set", "slurm.qos=x").stdout)
     assert {"ok", "findings", "plan"} <= document.keys()
-    assert set(document["findings"][0]) == {"level", "code", "message", "file", "line", "key", "hint"}
+    assert set(document["findings"][0]) == {"level", "code", "message", "file", "line", "column", "key", "hint"}
     assert {
         "name", "model", "site", "stack", "nodes", "gpus_per_node", "world_size", "effective_batch", "micro_batch", "gradient_accumulation",
         "samples_per_rank", "sequence_length", "attention", "adapter", "parallelism", "dtype", "time_limit_min", "signal_lead_s", "memory",

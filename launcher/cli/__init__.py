@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from launcher.cli import before, operate
+from launcher.cli import before, facts, operate
 from launcher.cli.show import show_error
 from launcher.errors import ActionError, FtlaunchError
 
@@ -20,7 +20,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    before.check, before.render, before.build, before.stage, before.presets,
+    before.check, before.render, before.build, before.stage,
+    facts.presets, facts.schema,
     operate.submit, operate.status, operate.logs, operate.cancel, operate.resume, operate.report,
 ):  # fmt: skip
     app.command()(command)

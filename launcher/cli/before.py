@@ -1,15 +1,18 @@
-"""Commands before a run exists: check, render, build, stage, presets. Each stops at its own station of the line."""
+"""Commands before a run exists: check, render, build, stage. Each stops at its own station of the line."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launcher.cli import options
-from launcher.cli.show import out, say, show_files, show_findings, show_json, show_plan, show_rows, show_text
+from launcher.cli.show import out, say, show_files, show_findings, show_json, show_plan, show_text
 from launcher.errors import Finding, FtlaunchError
+
+if TYPE_CHECKING:
+    from launcher.slurm.forecast import Forecast
 
 
 def check(
@@ -17,6 +20,9 @@ def check(
     site: options.Site = None,
     settings: options.Settings = None,
     allow: options.Allow = None,
+    explain: Annotated[
+        list[str] | None, typer.Option("--explain", metavar="KEY", help="Say instead what a key means and where it comes from.")
+    ] = None,
     as_json: options.Json = False,
     account: options.Account = None,
     partition: options.Partition = None,
@@ -28,30 +34,49 @@ def check(
     gpus: options.Gpus = None,
 ) -> None:
     """Read, resolve and plan; say what is wrong. Writes nothing."""
+    from datetime import datetime
+
+    from launcher.cli.facts import explained
+    from launcher.cli.forecast import forecast
     from launcher.cli.line import Wish, planned, read, refuse
+    from launcher.cli.plan_table import show_check
+    from launcher.cli.replan import advice
     from launcher.planner import summary
 
     asked = options.sbatch(account, partition, qos, time, constraint, reservation, nodes, gpus)
     documents: list[dict[str, Any]] = []
     refused: list[FtlaunchError] = []
+    forecasts: list[Forecast] = []
     for preset in presets:
         findings: list[Finding] = []
-        document: dict[str, Any] = {"ok": False, "preset": preset, "findings": findings, "plan": None}
+        document: dict[str, Any] = {"ok": False, "preset": preset, "findings": findings, "plan": None, "forecast": None}
         try:
             line = read(Wish(preset, site, tuple(settings or ()), asked, tuple(allow or ())))
             plan, findings = planned(line)
+            if explain:
+                facts = explained(line, plan, explain, as_json=as_json)
+                documents.append({"ok": True, "preset": preset, "explained": facts})
+                continue
+            if not any(finding.level == "error" for finding in findings):
+                findings += advice(line, plan)
+            start = forecast(line, plan, findings, before=forecasts)
+            if start is not None:
+                forecasts.append(start)
+                findings += start.findings
+                document["forecast"] = start.to_json()
             document.update(plan=summary(plan), findings=[finding.to_json() for finding in findings])
             if not as_json:
-                show_plan(summary(plan))
-                show_findings([finding for finding in findings if finding.level != "error"])
+                if any(other.get("plan") for other in documents):
+                    out().print()
+                show_check(plan, findings, out(), forecast=start, now=datetime.now())
             refuse(findings)
             document["ok"] = True
         except FtlaunchError as error:
             refused.append(error)
-            if not findings:
+            if document["plan"] is None:
                 document["findings"] = [finding.to_json() for finding in error.findings]
-            if not as_json:
-                show_findings(error.findings)
+                if not as_json:
+                    show_findings(error.findings)
         documents.append(document)
     if as_json:
         show_json(documents[0] if len(documents) == 1 else {"ok": not refused, "presets": documents})
@@ -129,35 +154,3 @@ def stage(preset: options.Preset, site: options.Site = None, settings: options.S
         show_json({"ok": True, **facts})
     else:
         show_plan(facts)
-
-
-def presets(
-    action: Annotated[str, typer.Argument(metavar="[list|show]")] = "list",
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]")] = None,
-    as_json: options.Json = False,
-) -> None:
-    """What ships: list, or show NAME."""
-    from launcher.errors import UsageError
-    from launcher.preset.reading import read_preset
-    from launcher.shipped import shipped
-
-    files = sorted(shipped("presets").glob("*.yaml"))
-    if action == "show" and name is not None:
-        loaded = read_preset(name)
-        if as_json:
-            show_json({"ok": True, "preset": loaded.value.model_dump(mode="json")})
-        else:
-            show_text(loaded.text)
-    elif action == "list" and name is None:
-        rows = []
-        for file in files:
-            preset = read_preset(str(file)).value
-            rows.append((preset.name, f"{preset.nodes} × {preset.gpus} {preset.hardware}", preset.stack, preset.description))
-        if as_json:
-            show_json(
-                {"ok": True, "presets": [{"name": row[0], "hardware": row[1], "stack": row[2], "description": row[3]} for row in rows]}
-            )
-        else:
-            show_rows(("preset", "nodes × GPUs", "stack", ""), rows)
-    else:
-        raise UsageError("presets takes 'list' or 'show NAME'", code="usage", hint="ftlaunch presets show tiny")

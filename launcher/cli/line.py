@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from launcher.cli.show import say, show_findings
 from launcher.errors import Finding, GateError, UsageError
+from launcher.hardware.fits import Observed
 from launcher.plan import Container, Plan, Staged
 from launcher.preset.choose import SLURM_KEYS, Chosen, Folders, choose_folders, choose_site, choose_slurm
+from launcher.preset.complaints import shown
 from launcher.preset.hardware import Hardware
 from launcher.preset.model import ModelFacts
 from launcher.preset.reading import (
@@ -23,11 +26,15 @@ from launcher.preset.reading import (
     read_preset,
     read_site,
     read_stack,
+    shipped_presets,
 )
 from launcher.preset.schema import OwnImage, Preset
 from launcher.preset.site import Site
 from launcher.preset.stack import Stack
 from launcher.run import Run
+from launcher.shipped import shipped
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Line:
     """None for an image that the user brings."""
     facts: ModelFacts | None
     slurm: Mapping[str, Chosen]
+    site_source: str = "default"
+    """Who chose the site."""
 
     @property
     def folders(self) -> Folders:
@@ -65,41 +74,77 @@ def read(wish: Wish) -> Line:
     """Read the preset and what it names. Errors: UsageError with everything that is wrong."""
     for gate in wish.allowed:
         if gate not in ("memory", "driver", "time"):
-            raise UsageError(f"no gate of the name {gate!r}", code="unknown-gate", key="--allow", hint="memory, driver or time")
+            raise UsageError(f"no gate of the name {shown(gate)}", code="unknown-gate", key="--allow", hint="memory, driver or time")
     options = {f"slurm.{key}" if key in SLURM_KEYS else key: value for key, value in (wish.options or {}).items()}
     preset = read_preset(wish.preset, settings=wish.settings, options=options)
     config = read_config()
-    site = _with_absolute_template(
-        read_site(choose_site(wish.site, environ=os.environ, config=config, preset=preset).value, environ=os.environ)
-    )
+    chosen = choose_site(wish.site, environ=os.environ, config=config, preset=preset)
+    at = preset.where("site") if chosen.source == str(preset.where("site")) else None
     named = preset.value.stack
-    return Line(
-        wish,
-        preset,
-        read_hardware(preset.value.hardware, at=preset.where("hardware")),
-        site,
-        None if isinstance(named, OwnImage) else read_stack(named, at=preset.where("stack")),
-        model_facts(preset.value),
-        choose_slurm(preset, site.value, environ=os.environ, config=config),
-    )
+    findings: list[Finding] = []
+    site = _tried(lambda: _with_absolute_template(read_site(chosen.value, at=at, environ=os.environ)), findings)
+    hardware = _tried(lambda: read_hardware(preset.value.hardware, at=preset.where("hardware")), findings)
+    stack = None if isinstance(named, OwnImage) else _tried(lambda: read_stack(named, at=preset.where("stack")), findings)
+    if site is None or hardware is None or findings:
+        raise UsageError(findings=findings)
+    slurm = choose_slurm(preset, site.value, environ=os.environ, config=config)
+    return Line(wish, preset, hardware, site, stack, model_facts(preset.value), slurm, chosen.source)
+
+
+def _tried(read: Callable[[], T], findings: list[Finding]) -> T | None:
+    """What is read, or None and its findings, so that all that is wrong is said at once."""
+    try:
+        return read()
+    except UsageError as error:
+        findings.extend(error.findings)
+        return None
 
 
 def planned(line: Line, container: Container | None = None, staged: Staged | None = None) -> tuple[Plan, list[Finding]]:
-    """The plan and what there is to say about it, each finding with its place in the preset."""
+    """The plan and what there is to say about it, each finding with its place in the preset, and each refusal with what would pass."""
+    from launcher.cli.replan import remedied
     from launcher.planner import make_plan
 
+    container, observed = container or expected_container(line), observed_here(line)
     plan, findings = make_plan(
         line.preset.value,
         line.hardware.value,
         line.site.value,
         None if line.stack is None else line.stack.value,
-        container=container or expected_container(line),
+        container=container,
         slurm={key: chosen.value for key, chosen in line.slurm.items()},
         staged=staged,
         model_facts=line.facts,
         allowed=line.wish.allowed,
+        observed=observed,
     )
-    return plan, locate(findings, line.preset)
+    if any(finding.level == "error" for finding in findings):
+        findings = remedied(line, plan, findings, container, observed)
+    return plan, [*locate(findings, line.preset), *_shadowing(line)]
+
+
+def observed_here(line: Line) -> Observed:
+    """What this machine and earlier runs say: free disk, a token, a driver. The disk is not asked when what is planned has no place here:
+    GPUs on the local site of a machine that has none.
+    """
+    from launcher.observe import has_nvidia, observe
+
+    elsewhere = line.site.value.scheduler == "none" and line.preset.value.gpus > 0 and not has_nvidia()
+    try:
+        runs = None if elsewhere else line.folders.runs
+    except UsageError:  # a site without folders can be planned for, not submitted to
+        runs = None
+    partition = None if "partition" not in line.slurm else line.slurm["partition"].value
+    site, hardware = line.site.value.name, line.hardware.value.name
+    return observe(runs, environ=os.environ, home=Path.home(), site=site, hardware=hardware, partition=partition)
+
+
+def _shadowing(line: Line) -> list[Finding]:
+    file, name = line.preset.file, line.preset.file.stem
+    if Path(line.wish.preset) == file or name not in shipped_presets() or file.parent == shipped("presets"):
+        return []
+    message = f"{file} is taken, not the shipped preset of that name"
+    return [Finding("advice", "shadows-shipped", message, hint=f"presets/{name} is the shipped one")]
 
 
 def refuse(findings: Sequence[Finding]) -> None:

@@ -97,6 +97,7 @@ def status(
     import time
 
     from launcher.cli.follow import facts_of
+    from launcher.cli.forecast import start_of
     from launcher.cli.launch import GOING
     from launcher.runs import all_runs
 
@@ -104,6 +105,8 @@ def status(
     while True:
         found = all_runs(_runs_folder()) if run is None else [_find(run)]
         rows = facts_of(found)
+        if run is not None and rows[0]["state"] == "queued":
+            rows[0]["expected_start"] = start_of(found[0], rows[0]["job"])
         if run is not None:
             show_json({"ok": True, **rows[0]}) if as_json else show_plan(
                 {key: value for key, value in rows[0].items() if value is not None}

@@ -15,6 +15,10 @@ from launcher.errors import Finding, FtlaunchError
 
 STYLES = {"error": "bold red", "warning": "yellow", "advice": "cyan"}
 
+_ASCII = str.maketrans(
+    {"×": "x", "–": "-", "─": "-", "…": "...", "→": "->", "≤": "<=", "·": ".", "\N{NO-BREAK SPACE}": " "},
+)
+
 
 def out() -> Console:
     return Console(highlight=False, soft_wrap=True, emoji=False)
@@ -24,9 +28,21 @@ def progress() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
+def is_unicode(console: Console) -> bool:
+    return console.encoding.lower().replace("-", "").startswith("utf")
+
+
+def drawable(text: str, console: Console) -> str:
+    """``text`` in what the terminal can draw, however poor it is."""
+    if is_unicode(console):
+        return text
+    return text.translate(_ASCII).encode(console.encoding, "replace").decode(console.encoding)
+
+
 def say(text: str) -> None:
     """One line of progress."""
-    progress().print(text, markup=False)
+    console = progress()
+    console.print(drawable(text, console), markup=False)
 
 
 def show_json(value: Any) -> None:
@@ -40,8 +56,9 @@ def show_text(text: str) -> None:
 
 
 def show_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
+    console = console or progress()
     for finding in findings:
-        (console or progress()).print(Text.assemble((finding.level, STYLES[finding.level]), f" {finding}"))
+        console.print(Text.assemble((finding.level, STYLES[finding.level]), drawable(f" {finding}", console)))
 
 
 def show_error(error: FtlaunchError, *, as_json: bool) -> None:
@@ -51,7 +68,8 @@ def show_error(error: FtlaunchError, *, as_json: bool) -> None:
 
 
 def show_plan(summary: Mapping[str, Any]) -> None:
-    """One table at a glance: what, where, with what."""
+    """Facts by name, one a line."""
+    console = out()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -60,18 +78,19 @@ def show_plan(summary: Mapping[str, Any]) -> None:
             value = ", ".join(f"{name} {number}" for name, number in value.items() if not isinstance(number, Mapping))
         elif isinstance(value, list):
             value = "/".join(map(str, value))
-        table.add_row(Text(key.replace("_", " "), style="dim"), Text("–" if value is None else str(value)))
-    out().print(table)
+        table.add_row(Text(key.replace("_", " "), style="dim"), _cell(value, console))
+    console.print(table)
 
 
 def show_rows(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    console = out()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in header[:-1]:
-        table.add_column(name, no_wrap=True)
-    table.add_column(header[-1])
+        table.add_column(drawable(name, console), no_wrap=True)
+    table.add_column(drawable(header[-1], console))
     for row in rows:
-        table.add_row(*(Text("–" if value is None else str(value)) for value in row))
-    out().print(table)
+        table.add_row(*(_cell(value, console) for value in row))
+    console.print(table)
 
 
 def show_files(files: Mapping[str, str], as_json: bool) -> None:
@@ -82,3 +101,7 @@ def show_files(files: Mapping[str, str], as_json: bool) -> None:
     for name, text in files.items():
         out().rule(name)
         show_text(text)
+
+
+def _cell(value: object, console: Console) -> Text:
+    return Text(drawable("–" if value is None else str(value), console))

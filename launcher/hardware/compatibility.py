@@ -10,8 +10,9 @@ MINIMUM_DRIVER: Mapping[int, str] = {11: "450.80.02", 12: "525.60.13", 13: "580"
 """Major CUDA version → the oldest Linux driver that runs programs built with any of its minor versions. NVIDIA, CUDA
 Compatibility, "Minor Version Compatibility", table 1 (450, 525, 580), read 2026-11; patch levels from the toolkits' release notes."""
 
-DTYPE_CAPABILITY: Mapping[str, str] = {"fp32": "0.0", "bf16": "8.0", "bf16_pure": "8.0", "fp16": "7.0"}
-"""bf16 has tensor cores since Ampere, fp16 since Volta (NVIDIA, CUDA C++ Programming Guide, compute capabilities)."""
+DTYPE_CAPABILITY: Mapping[str, str] = {"fp32": "0.0", "bf16": "8.0", "bf16_pure": "8.0", "fp16": "7.0", "fp8": "8.9"}
+"""Tensor cores have fp16 since Volta, bf16 since Ampere, fp8 since Ada (NVIDIA, CUDA C++ Programming Guide, compute capabilities).
+No preset can ask for fp8 yet."""
 
 TF32_CAPABILITY = "8.0"
 
@@ -31,6 +32,12 @@ GPU_ONLY_ATTENTION = ("flash2", "flash3", "xformers", "flex")
 
 HALF_ONLY_ATTENTION = ("flash2", "flash3")
 """Kernels that take fp16 and bf16 only (flash-attention's README)."""
+
+BITSANDBYTES_CAPABILITY = "6.0"
+"""Its 8-bit optimizers and 4-bit weights; its 8-bit inference, which nothing here uses, needs 7.5 (bitsandbytes, installation guide)."""
+
+XFORMERS_TORCH: Mapping[str, str] = {"0.0.26.post1": "2.3.0", "0.0.35": "2.10.0"}
+"""xformers → the one torch that its extension was built for. Other pairs are not known here and are not judged."""
 
 VOLTA = "7.0"
 VOLTA_DROPPED_IN_TORCH = (2, 11)

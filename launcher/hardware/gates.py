@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from launcher.errors import Finding
 from launcher.hardware import compatibility as known
+from launcher.hardware.fits import Observed, check_fits
+from launcher.hardware.time import missing_fact
 from launcher.plan import Plan
 from launcher.preset.complaints import nearest
 from launcher.preset.fields import duration_min, duration_text
@@ -16,11 +18,18 @@ from launcher.preset.site import Site
 from launcher.preset.stack import Stack
 from launcher.supported import EXECUTED, choices
 
-GATES = frozenset({"driver-too-old", "time-above-partition"})
+GATES = frozenset(
+    {
+        "driver-too-old", "time-above-partition", "gpu-memory", "host-memory", "disk-too-small", "no-checkpoint-in-time", "gated-model",
+    }
+)  # fmt: skip
 """Codes of errors that are a refusal (exit code 3); every other error is a wrong preset or command line (2)."""
 
-ALLOWED_BY = {"driver-too-old": "driver", "time-above-partition": "time"}
-"""What ``--allow`` must name to make a warning of the error."""
+ALLOWED_BY = {
+    "driver-too-old": "driver", "time-above-partition": "time", "no-checkpoint-in-time": "time", "gpu-memory": "memory",
+    "host-memory": "memory",
+}  # fmt: skip
+"""What ``--allow`` must name to make a warning of the error. A full disk and a gated model cannot be argued with."""
 
 NOT_EXECUTED_YET = "not-executed-yet"
 """Code of the warning that a plan is right but the training cannot run it yet: ``submit`` must refuse it before anything queues."""
@@ -29,7 +38,9 @@ NOT_BUILT_YET = "not-built-yet"
 """Code of the error that a value is known and nothing does it."""
 
 
-def check_plan(plan: Plan, preset: Preset, hardware: Hardware, site: Site, stack: Stack | None, facts: ModelFacts | None) -> list[Finding]:
+def check_plan(
+    plan: Plan, preset: Preset, hardware: Hardware, site: Site, stack: Stack | None, facts: ModelFacts | None, observed: Observed
+) -> list[Finding]:
     """Everything there is to say: errors first, then warnings, then advice. ``plan.allowed`` turns its gates into warnings."""
     found = [
         *_node(plan, preset, hardware),
@@ -37,11 +48,13 @@ def check_plan(plan: Plan, preset: Preset, hardware: Hardware, site: Site, stack
         *_not_built(preset, site),
         *_gpu(plan, preset, hardware),
         *_stack(plan, preset, hardware, stack),
+        *_optimizer(preset),
         *_model(preset, facts),
         *_not_executed(plan, preset, stack),
         *_batch(plan),
         *_never_run(preset),
-        *_not_predicted(facts),
+        *check_fits(plan, preset, site, facts, observed),
+        *_not_predicted(plan, preset, hardware, facts),
     ]
     softened = [
         Finding("warning", finding.code, f"{finding.message}; allowed", None, None, finding.key, finding.hint)
@@ -154,6 +167,7 @@ def _stack(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack | None) 
     if preset.parallelism not in stack.parallelism:
         hint = f"it has {', '.join(stack.parallelism)}"
         yield _error("parallelism-not-in-stack", f"stack {stack.name} has no {preset.parallelism}", "parallelism", hint)
+    yield from _libraries(plan, preset, hardware, stack)
     if not preset.gpus or stack.cuda is None:
         return
     if hardware.gpu is not None and not known.at_least(hardware.gpu.compute_capability, known.minimum_capability(stack)):
@@ -172,6 +186,35 @@ def _stack(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack | None) 
     elif not known.at_least(hardware.driver, minimum):
         message = f"stack {stack.name} (CUDA {stack.cuda}) needs driver {minimum}, {hardware.name} has {hardware.driver}"
         yield _error("driver-too-old", message, "stack", "a stack for an older CUDA, or --allow driver")
+
+
+def _libraries(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack) -> Iterator[Finding]:
+    """Libraries that the choices need in the stack, in a version that goes with its torch, on a GPU that they know."""
+    torch, xformers = stack.packages["torch"], stack.packages.get("xformers", "")
+    fits = known.XFORMERS_TORCH.get(xformers, torch)
+    if plan.attention == "xformers" and known.version(fits) != known.version(torch):
+        message = f"xformers {xformers} was built for torch {fits}, stack {stack.name} has torch {torch}"
+        yield _error("library-pair", message, "stack", f"torch: {fits}, or another xformers")
+    wants = [("training.optimizer", "adamw_8bit")] if preset.training.optimizer == "adamw_8bit" else []
+    if isinstance(preset.adapter, Lora) and preset.adapter.kind == "qlora":
+        wants.append(("adapter.kind", "qlora"))
+    for key, wish in wants:
+        if "bitsandbytes" not in stack.packages:
+            yield _error("library-missing", f"{wish} needs bitsandbytes, which stack {stack.name} is without", key, "a stack with it")
+        elif hardware.gpu is not None and not known.at_least(hardware.gpu.compute_capability, known.BITSANDBYTES_CAPABILITY):
+            needed = f"compute capability {known.BITSANDBYTES_CAPABILITY}, {hardware.gpu.kind} has {hardware.gpu.compute_capability}"
+            yield _error("library-not-on-gpu", f"{wish} needs {needed}", key, "adamw or adafactor, or adapter kind lora")
+
+
+def _optimizer(preset: Preset) -> Iterator[Finding]:
+    if preset.parallelism == "fsdp" and preset.training.optimizer == "adafactor":
+        message = "transformers' Adafactor mixes plain tensors with FSDP2's and fails (seen in both versions)"
+        yield _error("optimizer-not-sharded", message, "training.optimizer", "parallelism: zero3, or optimizer: adamw")
+    if preset.offload != "none" and preset.parallelism not in ("fsdp", "zero1", "zero2", "zero3"):
+        message = f"{preset.parallelism} keeps everything on the GPUs"
+        yield _error("offload-not-sharded", message, "offload", "offload: none, or parallelism: zero2, zero3 or fsdp")
+    if preset.offload == "all" and preset.parallelism in ("zero1", "zero2"):
+        yield _error("offload-not-sharded", f"{preset.parallelism} does not shard the weights", "offload", "offload: optimizer")
 
 
 def _model(preset: Preset, facts: ModelFacts | None) -> Iterator[Finding]:
@@ -227,9 +270,25 @@ def _batch(plan: Plan) -> Iterator[Finding]:
         yield _warning("idle-ranks", message, "training.effective_batch", f"at most {plan.batch.effective_batch} ranks")
 
 
-def _not_predicted(facts: ModelFacts | None) -> Iterator[Finding]:
-    yield Finding("advice", "memory-not-predicted", "whether it fits the GPUs' memory is not predicted yet")
-    yield Finding("advice", "time-not-predicted", "how long it takes is not predicted yet")
+def _not_predicted(plan: Plan, preset: Preset, hardware: Hardware, facts: ModelFacts | None) -> Iterator[Finding]:
+    """Which number is missing where a prediction is."""
     if facts is None:
-        message = "no facts of this model: context, LoRA targets and disk are not checked"
-        yield Finding("advice", "model-facts-unknown", message, key="model")
+        message = "no facts of this model: memory, time, disk, context and LoRA targets are not checked"
+        hint = "a file of its shapes in ~/.config/ftlaunch/models, or model.path with its config.json"
+        yield Finding("advice", "model-facts-unknown", message, key="model", hint=hint)
+        if preset.training.micro_batch == "auto":
+            message = "auto needs the facts of the model, which are not known"
+            yield _error("micro-batch-unknown", message, "training.micro_batch", "a number")
+        return
+    missing = missing_fact(preset, hardware)
+    if plan.time is None:
+        message = f"how long it takes is not predicted: {hardware.name} says no {missing}"
+        yield Finding("advice", "time-not-predicted", message, key="hardware")
+    elif plan.time.steps is None:
+        blocks = preset.data.packing in ("concatenate", "documents")
+        message = "the number of blocks is" if blocks else "the number of samples (data.num_samples) is"
+        message = f"how long the run takes is not predicted, only a step: {message} not known before staging"
+        yield Finding("advice", "samples-unknown", message, key="data", hint="ftlaunch stage")
+    elif plan.staged is None and preset.evaluation.every != "never" and preset.data.eval_share == 0:
+        message = "the time of evaluations is not in the prediction: how many samples they take is not known before staging"
+        yield Finding("advice", "samples-unknown", message, key="evaluation", hint="ftlaunch stage")

@@ -27,7 +27,7 @@ SLURM_ENVIRONMENT = {"account": "SBATCH_ACCOUNT", "partition": "SBATCH_PARTITION
 class Chosen:
     value: str
     source: str
-    """Where the value comes from: ``command line``, a file with its line, an environment variable, the site."""
+    """Where the value comes from: ``command line``, a file with line and column, an environment variable, the site."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _place(loaded: Loaded[Preset] | Loaded[UserConfig], key: str) -> str:
     where = loaded.where(key)
     if where.file in (SET, COMMAND_LINE):
         return COMMAND_LINE
-    return f"{where.file}:{where.line}" if where.line else where.file
+    return str(where)
 
 
 def _checked(key: str, value: str, variable: str) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from launcher.plan import BIND
 
@@ -22,7 +23,14 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,6
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9@%+=:,./|&*\[\]_-]{0,254}$")]
 """One argument for a Slurm option: constraints, node lists, mail addresses. No space, quote, ``$`` or control character."""
 
-Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069]*$", max_length=4096)]
+Partitions = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}(,[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})*$", max_length=255)
+]
+"""A partition, or several with commas between: Slurm takes the one that starts first."""
+
+Text = Annotated[
+    str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]*$", max_length=4096)
+]
 """Free text on one line: no control characters, line separators or direction marks."""
 
 
@@ -38,8 +46,11 @@ Bind = Annotated[Text, AfterValidator(_bind)]
 EnvName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 
 _DURATION = re.compile(
-    r"^(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]?\d)(?::(?P<seconds>[0-5]?\d))?$|^(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[smhd])$"
+    r"^(?:(?P<days>\d{1,9})-)?(?P<hours>\d{1,9}):(?P<minutes>[0-5]?\d)(?::(?P<seconds>[0-5]?\d))?$|^(?P<number>\d{1,9}(?:\.\d{1,9})?)\s*(?P<unit>[smhd])$"
 )
+
+
+MAX_DAYS = 366
 
 
 def duration_min(value: Any) -> Any:
@@ -47,11 +58,13 @@ def duration_min(value: Any) -> Any:
 
     A bare number is refused: nobody agrees on its unit. Errors: ValueError.
     """
+    if type(value) is int and value > 0:
+        raise ValueError(f"{value} has no unit: write {value}m or {value}h, or 'days-hours:minutes:seconds'")
     if not isinstance(value, str):
-        raise ValueError("write a duration with its unit, in quotes where it has colons: 48h, 90m, '1-12:00:00'")
+        raise ValueError("write a duration with its unit: 48h, 90m, 2d or 'days-hours:minutes:seconds'")
     match = _DURATION.match(value.strip())
     if match is None:
-        raise ValueError(f"{value!r} is not a duration: write 48h, 90m, 2d or 'days-hours:minutes:seconds'")
+        raise ValueError(f"{value[:60]!r} is not a duration: write 48h, 90m, 2d or 'days-hours:minutes:seconds'")
     if match["unit"]:
         seconds = float(match["number"]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match["unit"]]
     else:
@@ -59,6 +72,8 @@ def duration_min(value: Any) -> Any:
         seconds = ((parts["days"] * 24 + parts["hours"]) * 60 + parts["minutes"]) * 60 + parts["seconds"]
     if seconds <= 0:
         raise ValueError("a duration must be above zero")
+    if seconds > MAX_DAYS * 86400:
+        raise ValueError(f"a duration must be at most {MAX_DAYS}d")
     return int(-(-seconds // 60))
 
 
@@ -78,5 +93,30 @@ def _keep_duration(value: Any) -> Any:
     return duration_text(duration_min(value))
 
 
-Duration = Annotated[str, BeforeValidator(_keep_duration)]
+DURATION_PATTERN = r"^\s*(([0-9]+-)?[0-9]+:[0-5]?[0-9](:[0-5]?[0-9])?|[0-9]+(\.[0-9]+)?\s*[smhd])\s*$"
+SIZE_PATTERN = r"^\s*[0-9]+(\.[0-9]+)?\s*[MGT]i?B\s*$"
+
+Duration = Annotated[str, BeforeValidator(_keep_duration), WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN})]
 """A duration above zero, kept as text with its unit; ``duration_min`` gives minutes."""
+
+_SIZE = re.compile(r"^(?P<number>\d{1,9}(?:\.\d{1,9})?)\s*(?P<unit>[MGT]i?B)$")
+_BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def size_gib(value: Any) -> Any:
+    """Whole GiB from ``80GiB``, ``80GB``, ``1.5TiB``, rounded up; a number is GiB already. Errors: ValueError."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.match(value.strip())
+    if match is None:
+        raise ValueError(f"{value[:60]!r} is not a size: write 80 (GiB), or 80GiB, 80GB, 1.5TiB")
+    return math.ceil(float(match["number"]) * _BYTES[match["unit"]] / 2**30)
+
+
+SizeGib = Annotated[
+    int,
+    BeforeValidator(size_gib),
+    Field(gt=0),
+    WithJsonSchema({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "string", "pattern": SIZE_PATTERN}]}),
+]
+"""GiB as a number, or a size with its unit."""

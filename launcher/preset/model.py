@@ -38,8 +38,12 @@ class ModelFacts(Frozen):
     """Longest sequence, tokens."""
     tied: bool
     """The head is the embedding."""
+    gated: bool = False
+    """Whether the hub gives it only to a token whose owner has accepted its terms."""
     linear_layers: list[Text]
     """Names of the linear layers of a decoder layer: what LoRA can be put on."""
+    dropout: bool = False
+    """Whether its config trains with dropout, whose masks take memory."""
     notes: list[Text] = []
 
 
@@ -117,6 +121,8 @@ _OTHER_NAMES = {
     "max_position_embeddings": "n_positions",
 }
 
+_DROPOUT = {"starcoder2": "residual_dropout", "llama": "attention_dropout", "gpt_bigcode": "resid_pdrop"}
+
 
 def facts_of_config(config: Mapping[str, Any]) -> ModelFacts | None:
     """Facts from a transformers config; None for a family that is not known here or a config that makes no sense."""
@@ -138,9 +144,11 @@ def facts_of_config(config: Mapping[str, Any]) -> ModelFacts | None:
     numbers = (heads, hidden, layers, kv_heads, intermediate, context, value["vocab_size"])
     if not all(type(number) is int and number > 0 for number in numbers):
         return None
+    rate = config.get(_DROPOUT[family], 0.1 if family == "gpt_bigcode" else 0.0)
     draft = ModelFacts(
         source="config", architecture=family, parameters=1, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads,
         intermediate=intermediate, vocab=value["vocab_size"], context=context, tied=bool(value["tie_word_embeddings"]), linear_layers=[],
+        dropout=isinstance(rate, (int, float)) and rate > 0,
     )  # fmt: skip
     names = list(dict.fromkeys(matrix.name for matrix in layer_matrices(draft)))
     return draft.model_copy(update={"parameters": num_parameters(draft), "linear_layers": names})

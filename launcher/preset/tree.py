@@ -1,7 +1,7 @@
 """YAML text → a tree that knows where every value was written, and how two trees are laid over each other. Not what the values mean.
 
-The syntax is read by ruamel.yaml; plain scalars follow the core schema of YAML 1.2: ``1e-5`` is a number, ``no`` and ``24:00:00``
-are text. Anchors, aliases, tags and duplicate keys are refused, since they say one thing to a person and another to a reader.
+The syntax is read by ruamel.yaml; plain scalars follow the core schema of YAML 1.2: ``1e-5`` and ``0x10`` are numbers, ``no`` and
+``24:00:00`` are text. Anchors, aliases, tags and duplicate keys are refused, since they say one thing to a person and another to a reader.
 """
 
 from __future__ import annotations
@@ -34,17 +34,23 @@ Scalar: TypeAlias = "str | int | float | bool | None"
 
 @dataclass(frozen=True)
 class Where:
-    """A place in a file, or ``--set`` or ``command line`` without a line."""
+    """A place in a file, or ``--set`` or ``command line`` without a line. Lines and columns count from 1."""
 
     file: str
     line: int | None = None
+    column: int | None = None
+
+    def __str__(self) -> str:
+        return ":".join(str(part) for part in (self.file, self.line, self.column) if part is not None)
 
 
 @dataclass(frozen=True)
 class Node:
     value: Scalar | dict[str, Node] | list[Node]
     where: Where
-    """For an entry of a mapping: the line of its key."""
+    """For an entry of a mapping: the place of its key."""
+    raw: str | None = None
+    """A scalar as it was typed: ``3.10`` where the value is 3.1."""
 
 
 Key: TypeAlias = tuple[str, ...]
@@ -68,79 +74,105 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x84\x86-\x9f\ud800-\
 
 def parse(text: str, file: str, findings: list[Finding]) -> Node | None:
     """The tree of the one document in ``text``; None when it is no YAML. Whatever is wrong is added to ``findings``."""
-    events: list[Any] = []
+
+    def refuse(message: str, line: int | None, column: int | None, hint: str | None = None) -> None:
+        findings.append(Finding("error", "yaml", message, file, line, hint=hint, column=column))
+
     try:
-        events = list(YAML(typ="safe", pure=True).parse(StringIO(text)))
+        events, second = _events(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        findings.append(Finding("error", "yaml", f"not YAML: {error.problem or error.context}", file, mark.line + 1 if mark else None))
+        refuse(f"not YAML: {error.problem or error.context}", *((mark.line + 1, mark.column + 1) if mark else (None, None)))
         return None
     except YAMLError as error:  # a character that YAML does not allow
         found = _CONTROL.search(text)
-        what = f"character U+{ord(found[0]):04X}" if found else type(error).__name__
-        findings.append(Finding("error", "yaml", f"not YAML: {what}", file, text.count("\n", 0, found.start()) + 1 if found else None))
+        if found is None:
+            refuse(f"not YAML: {type(error).__name__}", None, None)
+        else:
+            before = text[: found.start()]
+            refuse(f"not YAML: character U+{ord(found[0]):04X}", before.count("\n") + 1, found.start() - (before.rfind("\n") + 1) + 1)
         return None
-    starts = [event for event in events if isinstance(event, DocumentStartEvent)]
-    if len(starts) > 1:
-        findings.append(
-            Finding("error", "yaml", "more than one document", file, starts[1].start_mark.line + 1, hint="remove the second ---")
-        )
+    except _TooDeep as error:
+        refuse(f"nested deeper than {MAX_DEPTH} levels", error.line, error.column)
         return None
-    nodes = iter(
-        event
-        for event in events
-        if isinstance(event, (ScalarEvent, AliasEvent, MappingStartEvent, SequenceStartEvent, MappingEndEvent, SequenceEndEvent))
-    )
+    if second is not None:
+        refuse("more than one document", second.line + 1, second.column + 1, "remove the second ---")
+        return None
+    nodes = iter(events)
     first = next(nodes, None)
-    return None if first is None else _Builder(file, findings, nodes).build(first, (), 1)
+    return None if first is None else _Builder(file, findings, nodes).build(first, (), Where(file, 1, 1))
+
+
+class _TooDeep(Exception):
+    def __init__(self, mark: Any) -> None:
+        self.line, self.column = mark.line + 1, mark.column + 1
+
+
+def _events(text: str) -> tuple[list[Any], Any]:
+    """The events that make nodes, and where a second document begins. Errors: _TooDeep before the reader slows down on it."""
+    events: list[Any] = []
+    documents, depth = [], 0
+    for event in YAML(typ="safe", pure=True).parse(StringIO(text)):
+        if isinstance(event, DocumentStartEvent):
+            documents.append(event.start_mark)
+        elif isinstance(event, (ScalarEvent, AliasEvent)):
+            events.append(event)
+        elif isinstance(event, (MappingStartEvent, SequenceStartEvent)):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise _TooDeep(event.start_mark)
+            events.append(event)
+        elif isinstance(event, (MappingEndEvent, SequenceEndEvent)):
+            depth -= 1
+            events.append(event)
+    return events, documents[1] if len(documents) > 1 else None
 
 
 class _Builder:
     def __init__(self, file: str, findings: list[Finding], events: Iterator[Any]) -> None:
         self._file, self._findings, self._events = file, findings, events
 
-    def build(self, event: Any, key: Key, line: int, depth: int = 0) -> Node:
-        """The node that begins with ``event``; ``line`` is that of its key."""
+    def build(self, event: Any, key: Key, where: Where) -> Node:
+        """The node that begins with ``event``; ``where`` is the place of its key."""
         if isinstance(event, AliasEvent):
-            self._complain("alias", "an alias (*)", line, key, "write the value out, or use extends")
-            return Node(None, Where(self._file, line))
+            self._complain("alias", "an alias (*)", where, key, "write the value out, or use extends")
+            return Node(None, where)
         if event.anchor is not None:
-            self._complain("alias", f"an anchor (&{event.anchor})", line, key, "write the value out where it is needed")
+            self._complain("alias", f"an anchor (&{event.anchor})", where, key, "write the value out where it is needed")
         if event.tag not in (None, "!"):
-            self._complain("tag", f"a tag ({str(event.tag).replace('tag:yaml.org,2002:', '!!')})", line, key, "leave it out")
-        if depth > MAX_DEPTH:
-            self._complain("yaml", f"nested deeper than {MAX_DEPTH} levels", line, key)
-            self._skip(event)
-            return Node(None, Where(self._file, line))
+            self._complain("tag", f"a tag ({str(event.tag).replace('tag:yaml.org,2002:', '!!')})", where, key, "leave it out")
         if isinstance(event, ScalarEvent):
             plain = event.style is None and event.implicit[0]
-            return Node(self._plain(event.value, line, key) if plain else event.value, Where(self._file, line))
+            return Node(self._plain(event.value, where, key) if plain else event.value, where, event.value)
         if isinstance(event, SequenceStartEvent):
             items: list[Node] = []
             for item in iter(self._next, None):
-                items.append(self.build(item, (*key, str(len(items))), item.start_mark.line + 1, depth + 1))
-            return Node(items, Where(self._file, line))
+                items.append(self.build(item, (*key, str(len(items))), self._place(item)))
+            return Node(items, where)
         entries: dict[str, Node] = {}
         for name in iter(self._next, None):
-            at = name.start_mark.line + 1
+            at = self._place(name)
             if not isinstance(name, ScalarEvent):
-                self._complain(
-                    "key-type",
-                    "a key must be a text, not a mapping, a list or an alias",
-                    at,
-                    key,
-                    "in quotes when it is a value with braces",
-                )
+                rule, hint = "a key must be a text, not a mapping, a list or an alias", "in quotes when it is a value with braces"
+                self._complain("key-type", rule, at, key, hint)
                 self._skip(name)
                 self._skip(next(self._events))
                 continue
-            node = self.build(next(self._events), (*key, name.value), at, depth + 1)
+            value = next(self._events)
+            if name.value == "<<" and name.style is None:
+                self._complain("merge-key", "a merge key (<<), which YAML 1.2 is without", at, key, "write the values out, or use extends")
+                self._skip(value)
+                continue
+            node = self.build(value, (*key, name.value), at)
             if name.value in entries:
                 first = entries[name.value].where.line
                 self._complain("duplicate-key", f"written twice, first in line {first}", at, (*key, name.value), "keep one of them")
             else:
                 entries[name.value] = node
-        return Node(entries, Where(self._file, line))
+        return Node(entries, where)
+
+    def _place(self, event: Any) -> Where:
+        return Where(self._file, event.start_mark.line + 1, event.start_mark.column + 1)
 
     def _next(self) -> Any:
         event = next(self._events)
@@ -155,19 +187,20 @@ class _Builder:
                 return
             event = next(self._events)
 
-    def _plain(self, text: str, line: int, key: Key) -> Scalar:
+    def _plain(self, text: str, where: Where, key: Key) -> Scalar:
         if text in ("", "~", "null", "Null", "NULL"):
             return None
         if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
             return text.lower() == "true"
         if re.fullmatch(r"[-+]?(0[0-9_]+|[0-9]+_[0-9_]*)", text):
             digits = text.replace("_", "").lstrip("+").lstrip("0") or "0"
-            self._complain(
-                "ambiguous-number", f"{text} is not the same number to every reader", line, key, f"write {digits}, or put it in quotes"
-            )
+            message = f"{text} is not the same number to every reader"
+            self._complain("ambiguous-number", message, where, key, f"write {digits}, or put it in quotes")
             return None
         if re.fullmatch(r"[-+]?[0-9]{1,30}", text):
             return int(text)
+        if re.fullmatch(r"0o[0-7]{1,30}|0x[0-9a-fA-F]{1,30}", text):
+            return int(text, 0)
         if re.fullmatch(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", text):
             number = float(text)
         elif re.fullmatch(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", text):
@@ -175,12 +208,13 @@ class _Builder:
         else:
             return text
         if not math.isfinite(number):
-            self._complain("not-finite", f"{text} is not a finite number", line, key)
+            self._complain("not-finite", f"{text} is not a finite number", where, key)
             return None
         return number
 
-    def _complain(self, code: str, message: str, line: int, key: Key, hint: str | None = None) -> None:
-        self._findings.append(Finding("error", code, message, self._file, line, ".".join(key) or None, hint))
+    def _complain(self, code: str, message: str, where: Where, key: Key, hint: str | None = None) -> None:
+        name = ".".join(key) or None
+        self._findings.append(Finding("error", code, message, where.file, where.line, name, hint, where.column))
 
 
 def merge(base: Node, over: Node, key: Key = ()) -> Node:

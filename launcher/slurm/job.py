@@ -19,8 +19,6 @@ RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 Fate = Literal["running", "requeued", "ending", "cancelled", "unknown"]
 """ending: the time limit or a preemption ends it, and Slurm does not requeue it by itself."""
 
-_UNREACHABLE = re.compile(r"contact|connect|communication|timed out|did not answer|zero bytes|try again", re.IGNORECASE)
-
 
 @dataclass(frozen=True)
 class Job:
@@ -75,7 +73,7 @@ class Job:
             answer = call([self.tools["scontrol"], "requeue", self.job_id])
             if answer.code == 0:
                 return "accepted", ""
-            if delay_s is None or not _UNREACHABLE.search(answer.reason):
+            if delay_s is None or not answer.unreachable:
                 return "refused", answer.reason
             time.sleep(delay_s)
         raise AssertionError("the last attempt returns")
@@ -88,7 +86,7 @@ class Job:
         """``scontrol`` with a question that must be answered before anything can start; patient with a slow controller."""
         for delay_s in RETRY_DELAYS_S:
             answer = call([self.tools["scontrol"], *question])
-            if answer.code == 0 or not _UNREACHABLE.search(answer.reason):
+            if not answer.unreachable:
                 return answer
             time.sleep(delay_s)
         return answer

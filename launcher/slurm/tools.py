@@ -21,6 +21,8 @@ SBATCH_TIMEOUT_S = 300
 
 _PREFIX = re.compile(r"^(sbatch|scontrol|scancel|squeue|sacct|srun): (error: )?")
 
+_UNREACHABLE = re.compile(r"contact|connect|communication|timed out|did not answer|zero bytes|try again", re.IGNORECASE)
+
 _NO_ANSWER = re.compile(r"timed out|zero bytes", re.IGNORECASE)
 """What sbatch says when it asked the controller and lost the answer."""
 
@@ -45,6 +47,11 @@ class Answer:
         """What it said, on one line: a site's own message often comes before Slurm's."""
         lines = [_PREFIX.sub("", line.strip()) for line in (self.stderr or self.stdout).splitlines() if line.strip()]
         return "; ".join(lines)[:500] or f"exit code {self.code}"
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether it failed because the controller could not be asked, which says nothing about the question."""
+        return self.code != 0 and bool(_UNREACHABLE.search(self.reason))
 
 
 def find_tools() -> dict[str, str]:

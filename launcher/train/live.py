@@ -14,7 +14,7 @@ from typing import NoReturn
 from launcher.errors import EXIT_DO_NOT_RETRY, EXIT_STOPPED, FtlaunchError, UsageError
 from launcher.plan import Plan
 from launcher.run import ExitRecord, Run, now, write_exit_record
-from launcher.train.place import Place, find_place, prepare_environment
+from launcher.train.place import Place, find_place, nvidia_driver, prepare_environment
 from launcher.train.stop import Stop
 from launcher.train.supported import require_supported
 
@@ -62,6 +62,9 @@ def _train(run: Run, life: int, place: Place, stop: Stop, progress: Progress) ->
         )
     staged = require_supported(plan)
     prepare_environment(os.environ, plan, place)
+    driver = nvidia_driver()
+    if driver is not None and place.rank == 0 and plan.layout.gpus_per_node:
+        run.append_event("driver", life=life, driver=driver)  # where the site does not say it, later plans know it from here
 
     from launcher.train.loop import train
     from launcher.train.ranks import connect

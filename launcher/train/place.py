@@ -1,9 +1,11 @@
-"""Which rank this process is, and the environment that the libraries below must see. No torch here."""
+"""Which rank this process is, on which driver, and the environment that the libraries below must see. No torch here."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from launcher.errors import UsageError
 from launcher.plan import Plan
@@ -49,3 +51,12 @@ def prepare_environment(environ: MutableMapping[str, str], plan: Plan, place: Pl
     else:  # with LOCAL_RANK set, accelerate would start a process group of one
         for name in values:
             environ.pop(name, None)
+
+
+def nvidia_driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    """Version of the NVIDIA driver of this node; None without one."""
+    try:
+        match = re.search(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)", file.read_text())
+    except OSError:
+        return None
+    return None if match is None else match[1]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ import torch.distributed
 
 from launcher.errors import GateError, UsageError
 from launcher.plan import Plan
-from launcher.train.place import Place
+from launcher.train.place import Place, nvidia_driver
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits in a collective: longer than rank 0 takes to write a checkpoint while the others wait."""
@@ -95,20 +93,10 @@ def gpu_problem(layout_gpus: int, gpu: Mapping[str, Any] | None, minimum_driver:
     return None
 
 
-def driver_version(text: str) -> str | None:
-    """The driver's version in what ``/proc/driver/nvidia/version`` holds."""
-    match = re.search(r"Kernel Module(?: for \S+)?\s+(\d+(?:\.\d+)+)", text)
-    return None if match is None else match[1]
-
-
 def _require_gpus(plan: Plan, place: Place) -> None:
-    try:
-        driver = driver_version(Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        driver = None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     memory_gib = min((torch.cuda.get_device_properties(index).total_memory / 2**30 for index in range(count)), default=0.0)
-    seen = {"count": count, "memory_gib": memory_gib, "driver": driver}
+    seen = {"count": count, "memory_gib": memory_gib, "driver": nvidia_driver()}
     problem = gpu_problem(plan.layout.gpus_per_node, plan.hardware.get("gpu"), plan.stack.get("minimum_driver"), seen)
     if problem is None and place.local_rank >= count:
         problem = f"local rank {place.local_rank} has no GPU of its own: this node shows {count}"

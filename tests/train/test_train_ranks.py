@@ -22,8 +22,8 @@ from training_runs import (
 from launcher import checkpoint, metrics
 from launcher.errors import EXIT_DO_NOT_RETRY, EXIT_STOPPED, GateError, UsageError
 from launcher.run import read_exit_records
-from launcher.train.place import Place, find_place, prepare_environment
-from launcher.train.ranks import driver_version, gpu_problem
+from launcher.train.place import Place, find_place, nvidia_driver, prepare_environment
+from launcher.train.ranks import gpu_problem
 from launcher.train.supported import require_supported
 
 pytestmark = pytest.mark.train
@@ -218,8 +218,10 @@ def test_gpus_against_the_plan(seen, problem):
     ],
     ids=["proprietary", "open"],
 )
-def test_the_drivers_version_is_read(text):
-    assert driver_version(text) == "555.42.02"
+def test_the_drivers_version_is_read(text, tmp_path):
+    (tmp_path / "version").write_text(text)
+    assert nvidia_driver(tmp_path / "version") == "555.42.02"
+    assert nvidia_driver(tmp_path / "none") is None
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this machine has a GPU")
