@@ -9,8 +9,8 @@ import pytest
 
 from launcher.continuation import CRASHES_WITHOUT_PROGRESS, History, decide, gpu_hours, history, whole
 from launcher.run import Run, Verdict
-from tests.toy_runs import fake_checkpoint
 from tests.toy import toy_plan
+from tests.toy_runs import fake_checkpoint
 
 FINISHED, STOPPED = Verdict("finished"), Verdict("stopped")
 CRASHED, HOPELESS = Verdict("failed", "rank 1 ended with 1"), Verdict("failed", "rank 1 ended with 93", retry=False)
