@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher.plan import Batch, Layout
+from launcher.preset.hardware import Hardware
 from launcher.preset.model import ModelFacts, num_parameters
-from launcher.preset.reading import read_hardware, read_model_facts
+from launcher.preset.reading import read_hardware, read_model_facts, read_stack
 from launcher.preset.schema import Preset
+from launcher.preset.stack import Stack
 
 MODELS = {
     "santacoder": "bigcode/gpt_bigcode-santacoder",
@@ -97,11 +99,18 @@ def preset_of(case: Case, hardware: str = "h200") -> Preset:
     )
 
 
-def surroundings(case: Case, hardware: str = "h200") -> tuple[Any, Layout, Batch]:
+def surroundings(case: Case, hardware: str = "h200") -> tuple[Hardware, Layout, Batch]:
     """Hardware, layout and batch, as the planner would give them for one GPU."""
     node = read_hardware(hardware).value
     whole = case.micro_batch * case.micro_steps
     return node, Layout(1, 1, 1, node.cpus, node.memory_gib, 1), Batch(whole, (whole,), case.micro_batch, case.micro_steps)
+
+
+def stack_of(case: Case) -> Stack | None:
+    """What to predict with, so that like is compared with like: the measured batches have pads whenever any has. A current transformers
+    may meet a batch without, and then leaves grouped keys in fp32 to plain arithmetic, which the prediction allows for; the old one copies.
+    """
+    return read_stack("torch2.3-cu121").value if case.padded else None
 
 
 def _cases() -> list[Case]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.memory_cases import CUDA_CASES, Case, facts_of, preset_of, surroundings, to_json
+from benchmarks.memory_cases import CUDA_CASES, Case, facts_of, preset_of, stack_of, surroundings, to_json
 from benchmarks.memory_step import build_engine, build_model, take_steps
 from launcher.files import write_json
 from launcher.hardware.memory import fullest_moment, predict_memory
@@ -47,7 +47,8 @@ def main(arguments: list[str]) -> int:
         capped = measure(case, predicted["total_gib"] * MARGIN * GIB / device.total_memory)
         row = {"name": case.name, "case": to_json(case), "predicted": predicted, **measure(case, 1.0), "runs_capped": capped is not None}
         rows = [*rows, row]
-        write_json(file, {"versions": versions, "gpu": device.name, "total_bytes": device.total_memory, "rows": rows})
+        machine = {"gpu": device.name, "total_bytes": device.total_memory}
+        write_json(file, {"versions": versions, "machine": machine, "rows": rows})
         print(f"{case.name}: predicted {predicted['total_gib']:.2f} GiB, reserved {row['reserved_bytes'] / GIB:.2f}", flush=True)
     return 0
 
@@ -64,7 +65,7 @@ def measure(case: Case, share: float) -> Any:
     except torch.cuda.OutOfMemoryError:
         return None
     return {
-        "allocated_bytes": torch.cuda.max_memory_allocated(),
+        "peak_bytes": torch.cuda.max_memory_allocated(),
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "seconds": round(time.perf_counter() - started_s, 1),
     }
@@ -88,8 +89,8 @@ def _run(case: Case) -> None:
 def _predict(case: Case, hardware: str) -> dict[str, float]:
     preset, facts = preset_of(case, hardware), facts_of(case)
     node, layout, batch = surroundings(case, hardware)
-    memory = predict_memory(preset, facts, node, layout, batch, case.attention)
-    tensors = fullest_moment(preset, facts, node, layout, batch, case.attention).total
+    arguments = (preset, facts, node, layout, batch, case.attention, stack_of(case))
+    memory, tensors = predict_memory(*arguments), fullest_moment(*arguments).total
     return {"total_gib": memory.per_gpu_gib, "tensors_gib": round(tensors / GIB, 3), **memory.parts}
 
 

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fit_efficiency import CONSTANTS, in_use
-from benchmarks.memory_cases import case_of, facts_of, preset_of, surroundings
-from benchmarks.published import Row, rows
+from benchmarks.memory_cases import case_of, facts_of, preset_of, stack_of, surroundings
+from benchmarks.published import FitFact, Row, fit_facts, rows
 from launcher.hardware import step
 from launcher.hardware.flops import flops_per_token
 from launcher.hardware.memory import GIB, fullest_moment
 from launcher.hardware.step import peak_dtype
-from launcher.plan import Batch
-from launcher.preset.reading import read_hardware, read_model_facts
+from launcher.plan import Batch, Container, Memory
+from launcher.planner import make_plan
+from launcher.preset.reading import model_facts, read_hardware, read_model_facts, read_preset, read_site, read_stack
+from launcher.remedies import changed
 
 REPOSITORY = Path(__file__).parent.parent
 OUT = REPOSITORY / "docs" / "planner.md"
@@ -29,7 +31,7 @@ SOURCES = ("fastcode", "memtune")
 
 
 def text() -> str:
-    return "\n".join([*_head(), *_memory(), *_time(), *_constants(), *_variants(), *_h200(), *_formulas(), ""])
+    return "\n".join([*_head(), *_memory(), *_fits(), *_time(), *_constants(), *_variants(), *_h200(), *_formulas(), ""])
 
 
 def _head() -> Iterator[str]:
@@ -57,10 +59,46 @@ def _memory() -> Iterator[str]:
         yield ""
 
 
+def _fits() -> Iterator[str]:
+    yield from (
+        "",
+        "## What fits",
+        "",
+        "Largest share of the GPU's usable memory first; a plan fits when it takes no more than all of it.",
+        "",
+    )
+    found = sorted(((fact, _memory_of(fact)) for fact in fit_facts()), key=lambda item: -item[1].per_gpu_gib / item[1].available_gib)
+    yield from _table(
+        ("GPU, length: what was tried", "published", "predicted", "predicted GiB", "usable GiB", "share"),
+        (
+            (fact.name, _ran(fact.fits), _ran(memory.fits), _n(memory.per_gpu_gib), _n(memory.available_gib),
+             f"{memory.per_gpu_gib / memory.available_gib:.0%}")
+            for fact, memory in found
+        ),
+    )  # fmt: skip
+    right = sum(fact.fits is memory.fits for fact, memory in found)
+    yield from ("", f"{right} of {len(found)} as published.")
+
+
+def _memory_of(fact: FitFact) -> Memory:
+    preset = changed(read_preset(fact.preset).value, {f"training.{key}": value for key, value in fact.training.items()})
+    assert preset is not None and isinstance(preset.stack, str)
+    site, hardware = read_site("slurm").value, read_hardware(preset.hardware).value
+    plan, _ = make_plan(
+        preset, hardware, site, read_stack(preset.stack).value, container=Container("none"), model_facts=model_facts(preset)
+    )
+    assert plan.memory is not None
+    return plan.memory
+
+
+def _ran(fits: bool) -> str:
+    return "fits" if fits else "does not"
+
+
 def _predicted_gib(value: dict[str, Any]) -> float:
     case = case_of(value)
     node, layout, batch = surroundings(case)
-    return fullest_moment(preset_of(case), facts_of(case), node, layout, batch, case.attention).total / GIB
+    return fullest_moment(preset_of(case), facts_of(case), node, layout, batch, case.attention, stack_of(case)).total / GIB
 
 
 def _time() -> Iterator[str]:

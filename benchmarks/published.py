@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,20 @@ class Row:
     def deviation(self) -> float:
         """Predicted over published, less 1."""
         return self.parts().total_s / self.published_s - 1
+
+
+@dataclass(frozen=True)
+class FitFact:
+    """A shipped preset, changed below ``training``, that ran or could not."""
+
+    name: str
+    preset: str
+    fits: bool
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def fit_facts() -> list[FitFact]:
+    return [FitFact(**value) for value in YAML(typ="safe", pure=True).load(FILE.read_text())["fits"]]
 
 
 @cache

@@ -12,10 +12,6 @@ from launcher.preset.model import ModelFacts
 from launcher.preset.schema import Preset
 from launcher.preset.site import Site
 
-TIGHT = 0.95
-"""Above this share of the usable memory a plan that fits is warned of: the goal of the memory model is 5 %."""
-
-
 @dataclass(frozen=True)
 class Observed:
     """What was seen on this machine and in earlier runs; None where nobody looked or could."""
@@ -62,9 +58,6 @@ def _compute_memory(plan: Plan, memory: Memory) -> Iterator[Finding]:
     if not memory.fits:
         hint = "a smaller micro_batch, activation_checkpointing: full, a sharded parallelism, or --allow memory"
         yield Finding("error", "gpu-memory", of_them, key="training.micro_batch", hint=hint)
-    elif memory.per_gpu_gib > TIGHT * memory.available_gib:
-        hint = "the prediction is good to 5 %: watch the first steps"
-        yield Finding("warning", "gpu-memory-tight", of_them, key="training.micro_batch", hint=hint)
 
 
 def _host_memory(plan: Plan, memory: Memory) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ pytest.importorskip("torch", reason="the training's tests need torch: pip instal
 pytest.importorskip("pydantic", reason="predictions are the planner's, and the source's stack has no planner")
 
 from benchmarks.fake_gpu import compiler
-from benchmarks.memory_cases import MODELS, QUICK, Case, facts_of, preset_of, surroundings
+from benchmarks.memory_cases import MODELS, QUICK, Case, facts_of, preset_of, stack_of, surroundings
 from launcher.hardware.memory import fullest_moment
 from launcher.hardware.split import split
 from tests.conftest import REPOSITORY
@@ -35,7 +35,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 @pytest.mark.parametrize("case", QUICK, ids=lambda case: case.name)
 def test_predicted_as_measured_again(case: Case, measured: dict[str, dict[str, Any]]) -> None:
     hardware, layout, batch = surroundings(case)
-    predicted = fullest_moment(preset_of(case), facts_of(case), hardware, layout, batch, case.attention).total
+    predicted = fullest_moment(preset_of(case), facts_of(case), hardware, layout, batch, case.attention, stack_of(case)).total
     assert 0.97 <= predicted / measured[case.name]["peak_bytes"] <= 1.05
 
 
