@@ -2,13 +2,15 @@
 # shellcheck shell=bash disable=SC2034
 root=${FTLAUNCH_HPC:-/var/lib/ftlaunch-hpc}
 PATH=/usr/sbin:/usr/bin:/sbin:/bin
-nodes=(node1 node2 hw-cpu hw-v100 hw-a100-40 hw-a100-80 hw-a6000 hw-h100 hw-h200 hw-memtune)
 export SLURM_CONF=$root/etc/slurm.conf
 umask 022
 
 die() { echo "tests/hpc: $*" >&2; exit 1; }
 
 [[ $root =~ ^/[A-Za-z0-9/._-]+$ ]] || die "FTLAUNCH_HPC must be an absolute path of letters, digits and /._- : $root"
+
+# The first three digits of the hundred ports that belong to this folder, so that two clusters can run side by side.
+ports=$((100 + $(cksum <<<"$root" | cut -d ' ' -f 1) % 49))  # below 15000, where the rendezvous of our jobs begins
 
 # say MESSAGE: progress, to stderr.
 say() { echo "tests/hpc: $*" >&2; }
@@ -29,6 +31,21 @@ wait_for() {
     done
 }
 
+# running_slurmds: the parts that are a slurmd of any configuration.
+running_slurmds() {
+    local file
+    for file in "$root"/run/slurmd.*.pid; do
+        [ ! -e "$file" ] || basename "$file" .pid
+    done
+}
+
+# cancel_jobs: because the processes of a job outlive their slurmd.
+cancel_jobs() {
+    pid_of slurmctld >/dev/null || return 0
+    squeue -h -o %A | sort -u | xargs -r scancel || true
+    wait_for 40 eval '[ -z "$(squeue -h)" ]' || say "jobs are still running: $(squeue -h -o %A | tr '\n' ' ')"
+}
+
 # stop PART...: TERM to all of them, then wait for each.
 stop() {
     local part pid
@@ -36,6 +53,6 @@ stop() {
         if pid=$(pid_of "$part"); then kill "$pid"; fi
     done
     for part; do
-        wait_for 30 eval "! pid_of $part" || die "$part (pid $(pid_of "$part")) does not stop; see $root/log"
+        wait_for 60 eval "! pid_of $part" || die "$part (pid $(pid_of "$part")) does not stop; see $root/log"
     done
 }
