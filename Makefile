@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint golden planner-report measure-memory hpc-up hpc-down test-source-stack test-image-cuda clean
+.PHONY: demo test lint golden planner-report sites-report measure-memory hpc-up hpc-down test-source-stack test-image-cuda clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/ftlaunch submit presets/tiny.yaml --new --follow
@@ -20,12 +20,17 @@ lint: $(INSTALLED)
 
 golden: $(INSTALLED)  ## write the golden files anew; read the diff before committing it
 	$(VENV)/bin/python -m tests.make_golden
+	$(VENV)/bin/python -m tests.make_golden_sites
 	$(VENV)/bin/python -m tests.test_show
 	$(VENV)/bin/python -m tests.test_preset_broken
+	$(VENV)/bin/python -m tests.test_site_discover
 	$(VENV)/bin/ftlaunch schema > presets/preset.schema.json
 
 planner-report: $(INSTALLED)  ## docs/planner.md: predicted against measured and published
 	$(VENV)/bin/python -m benchmarks.planner_report
+
+sites-report: $(INSTALLED)  ## docs/sites.md: what each shipped site is, from its file
+	$(VENV)/bin/python -m benchmarks.sites_report
 
 measure-memory: $(INSTALLED)  ## peaks of a training step at full size under fake tensors: about an hour on one core
 	$(VENV)/bin/python -m benchmarks.memory_fake

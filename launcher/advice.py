@@ -108,12 +108,13 @@ def _moves(plan: Plan) -> list[Change]:
     return moves
 
 
+def same_training(plan: Plan, other: Plan) -> bool:
+    """Whether one trains what the other does, perhaps in another precision or on other GPUs."""
+    return all(value_of(other, key) == value_of(plan, key) for key in SAME_TRAINING)
+
+
 def _best_variant(plan: Plan, variants: Mapping[str, Plan]) -> tuple[str, Plan | None]:
-    same = {
-        name: variant
-        for name, variant in variants.items()
-        if variant.time is not None and all(value_of(variant, key) == value_of(plan, key) for key in SAME_TRAINING)
-    }
+    same = {name: variant for name, variant in variants.items() if variant.time is not None and same_training(plan, variant)}
     name = min(same, key=lambda name: _cost(same[name]), default="")
     return name, same.get(name)
 

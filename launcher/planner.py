@@ -22,7 +22,7 @@ from launcher.preset.fields import duration_min
 from launcher.preset.hardware import Hardware
 from launcher.preset.model import ModelFacts
 from launcher.preset.schema import OwnImage, Preset
-from launcher.preset.site import Partition, Site
+from launcher.preset.site import Partition, Qos, Site
 from launcher.preset.stack import Stack
 
 T = TypeVar("T", Memory, Time)
@@ -40,6 +40,9 @@ NOT_IN_IDENTITY = frozenset(
     }
 )  # fmt: skip
 """Keys of the preset that do not determine the weights: they may change between the lives of a run."""
+
+NOT_IN_PLAN = {"mirrors", "sources", "unknown", "closed", "cost_unit"}
+"""Of a site: of no use to a run, and a pip index may hold a password."""
 
 
 def make_plan(
@@ -64,7 +67,7 @@ def make_plan(
         hardware = hardware.model_copy(update={"driver": observed.driver})
     options = _options(preset, site, slurm)
     partition = site.partitions.get(options.get("partition", ""))
-    layout, attention = _layout(preset, hardware, site), _attention(preset, stack)
+    layout, attention = _layout(preset, hardware, site, partition), _attention(preset, stack)
     batch = _batch(preset, model_facts, hardware, layout, attention, stack)
     memory = None if model_facts is None else predict_memory(preset, model_facts, hardware, layout, batch, attention, stack)
     disk = None if model_facts is None else predict_disk(preset, model_facts)
@@ -83,13 +86,13 @@ def make_plan(
             checkpoint_gib=0.0 if disk is None else disk.checkpoint_gib,
             time_limit_min=limit_min,
             signal_lead_s=lead_s,
-            preempted_every_min=_preempted_every_min(preset, partition),
+            preempted_every_min=_preempted_every_min(preset, site.preempting(options)),
         )  # fmt: skip
     plan = Plan(
-        identity=identity(preset, stack, container, staged),
+        identity=identity(preset, stack, container, staged, observed.fingerprints),
         preset=preset.model_dump(mode="json"),
         hardware=hardware.model_dump(mode="json"),
-        site=site.model_dump(mode="json", exclude={"mirrors"}),  # of no use to a run, and a pip index may hold a password
+        site=site.model_dump(mode="json", exclude=NOT_IN_PLAN),
         stack={} if stack is None else stack.model_dump(mode="json"),
         layout=layout,
         batch=batch,
@@ -138,10 +141,13 @@ def summary(plan: Plan) -> dict[str, object]:
     }
 
 
-def identity(preset: Preset, stack: Stack | None, container: Container, staged: Staged | None) -> str:
+def identity(
+    preset: Preset, stack: Stack | None, container: Container, staged: Staged | None, fingerprints: Mapping[str, str] | None = None
+) -> str:
     """The hash of what determines the weights, 64 hex digits.
 
-    Of a local model, of local data and of an image that the user brings the content counts once it is known, not the path.
+    Of a local model, of local data and of an image that the user brings the content counts once it is known, not the path. Where a job
+    stages, nobody has read the content when the run is named: ``fingerprints`` of ``data`` and ``model`` take its place, also later.
     """
     content: dict[str, Any] = {"preset": _determining(preset.model_dump(mode="json"))}
     if stack is not None:
@@ -149,6 +155,11 @@ def identity(preset: Preset, stack: Stack | None, container: Container, staged: 
     elif isinstance(preset.stack, OwnImage):
         content["stack"] = {"image": container.identity or preset.stack.image}
         del content["preset"]["stack"]
+    if fingerprints is not None:
+        for name, value in fingerprints.items():
+            content[f"{name}_fingerprint"] = value
+            content["preset"][name]["path"] = None
+        staged = None
     if staged is not None and preset.data.path is not None:
         content["data_sha"] = staged.data_sha
         content["preset"]["data"]["path"] = None
@@ -193,16 +204,18 @@ def _options(preset: Preset, site: Site, slurm: Mapping[str, str] | None) -> dic
     return typed if slurm is None else dict(slurm)
 
 
-def _layout(preset: Preset, hardware: Hardware, site: Site) -> Layout:
+def _layout(preset: Preset, hardware: Hardware, site: Site, partition: Partition | None) -> Layout:
     """CPUs and memory are the share of the node that the GPUs stand for, or the whole node where no GPU is asked for."""
     default = 1 if preset.parallelism == "device_map" else max(preset.gpus, 1)
     ranks = preset.ranks_per_node or default
     share = min(preset.gpus / hardware.gpus, 1.0) if preset.gpus and hardware.gpus and not site.whole_nodes else 1.0
     cpus, memory_gib = max(1, int(hardware.cpus * share)), max(1, int(hardware.memory_gib * share))
-    if preset.gpus and site.cpus_per_gpu:
-        cpus = site.cpus_per_gpu * preset.gpus
-    if preset.gpus and site.memory_per_gpu_gib:
-        memory_gib = site.memory_per_gpu_gib * preset.gpus
+    own = Partition() if partition is None else partition
+    gpus = min(preset.gpus, hardware.gpus)  # more than there are is refused for that alone
+    if gpus and (cpus_per_gpu := own.cpus_per_gpu or site.cpus_per_gpu):
+        cpus = cpus_per_gpu * gpus
+    if gpus and (memory_per_gpu_gib := own.memory_per_gpu_gib or site.memory_per_gpu_gib):
+        memory_gib = memory_per_gpu_gib * gpus
     cpus = preset.cpus_per_node or cpus
     return Layout(
         nodes=preset.nodes,
@@ -274,8 +287,8 @@ def _signal_lead_s(site: Site, limit_min: int | None, disk: Disk | None, step_s:
     return lead_s if limit_min is None else min(lead_s, limit_min * 30)
 
 
-def _preempted_every_min(preset: Preset, partition: Partition | None) -> float | None:
-    said = preset.checkpoint.preempted_every or (partition.preempted_every if partition is not None else None)
+def _preempted_every_min(preset: Preset, preempting: Partition | Qos | None) -> float | None:
+    said = preset.checkpoint.preempted_every or (preempting.preempted_every if preempting is not None else None)
     return None if said is None else float(duration_min(said))
 
 

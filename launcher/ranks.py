@@ -25,6 +25,10 @@ SCRUBBED_NAMES = frozenset(
 """What a rank outside a container must not inherit from whoever submitted."""
 
 
+PER_TASK = frozenset(["SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"])
+"""What ``--gpus-per-task`` of the job leaves behind for ``srun``, which would ask for as many GPUs again for every rank."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the ranks of one life run: what only the node can know."""
@@ -109,7 +113,7 @@ def local_environment(run: Run, plan: Plan, place: Place, rank: int, environ: Ma
 
 def step_environment(run: Run, plan: Plan, place: Place, environ: Mapping[str, str]) -> dict[str, str]:
     """The whole environment of ``srun``, which all ranks inherit. Slurm's own variables stay: ``srun`` needs them."""
-    slurm = {name: value for name, value in environ.items() if name.startswith("SLURM_")}
+    slurm = {name: value for name, value in environ.items() if name.startswith("SLURM_") and name not in PER_TASK}
     return {**scrubbed(environ), **slurm, **rank_environment(run, plan, place)}
 
 

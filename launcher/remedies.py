@@ -25,6 +25,12 @@ Replan = Callable[[Change], "tuple[Plan, list[Finding]] | None"]
 
 HOST_MEMORY = ("host-memory", "memory_per_node_gib")
 
+STEPS = 8
+"""Changes that are made one after the other until nothing is refused."""
+
+ANOTHER_TRAINING = {"adapter", "training.optimizer"}
+"""Keys whose change trains something else."""
+
 
 def changed(preset: Preset, change: Change) -> Preset | None:
     """The preset with other values; None where they make no sense together."""
@@ -49,7 +55,7 @@ def change_text(change: Change, before: Plan, after: Plan) -> str:
     for key, value in change.items():
         if key.startswith("slurm.") or value_of(before, key) != value:
             found = f" ({after.batch.micro_batch})" if (key, value) == ("training.micro_batch", "auto") else ""
-            texts.append(f"{key}: {_written(value)}{found}")
+            texts.append(f"{key}: {written(value)}{found}")
     return ", ".join(texts)
 
 
@@ -75,10 +81,47 @@ def with_remedies(plan: Plan, findings: Sequence[Finding], replan: Replan, stack
     return found
 
 
+def passing(plan: Plan, findings: Sequence[Finding], replan: Replan, stacks: Sequence[str] = ()) -> tuple[Change, Plan] | None:
+    """A change after which nothing of the plan is refused, found refusal by refusal, and its plan; None where none was found. It trains
+    the same thing, and on GPUs what was to run on GPUs. What is no matter of the plan (``refusals``) stays.
+    """
+    so_far: dict[str, Any] = {}
+
+    def from_here(change: Change) -> tuple[Plan, list[Finding]] | None:
+        return None if ANOTHER_TRAINING & change.keys() or change.get("gpus") == 0 else replan({**so_far, **change})
+
+    for _ in range(STEPS):
+        refused = refusals(findings)
+        if not refused:
+            return so_far, plan
+        for finding in (one for one in refused if one.code in _CANDIDATES):
+            found = _smallest(finding, plan, findings, from_here, stacks)
+            if found is not None:
+                change, plan, findings = found
+                so_far.update(change)
+                break
+        else:
+            return None
+    return None
+
+
+def refusals(findings: Sequence[Finding]) -> list[Finding]:
+    """The errors that another plan could be without: not the site's own (they have no key), nor an account that was not named."""
+    return [finding for finding in findings if finding.level == "error" and finding.key is not None and finding.code != "account-missing"]
+
+
 def _remedied(finding: Finding, plan: Plan, findings: Sequence[Finding], replan: Replan, stacks: Sequence[str]) -> Finding:
+    found = _smallest(finding, plan, findings, replan, stacks)
+    return finding if found is None else _with_hint(finding, found[0], plan, found[1])
+
+
+def _smallest(
+    finding: Finding, plan: Plan, findings: Sequence[Finding], replan: Replan, stacks: Sequence[str]
+) -> tuple[Change, Plan, list[Finding]] | None:
+    """The first candidate without this error and without a new one, with its plan."""
     before = {_mark(other) for other in findings if other.level == "error"}
     not_run_before = sum(other.code == "not-executed-yet" for other in findings)
-    later: tuple[Change, Plan] | None = None
+    later: tuple[Change, Plan, list[Finding]] | None = None
     for change in _CANDIDATES[finding.code](plan, stacks):
         result = replan(change)
         if result is None:
@@ -92,9 +135,9 @@ def _remedied(finding: Finding, plan: Plan, findings: Sequence[Finding], replan:
         if finding.code in {code for code, _ in errors} or not errors <= before:
             continue
         if sum(other.code == "not-executed-yet" for other in new_findings) <= not_run_before:
-            return _with_hint(finding, change, plan, new_plan)
-        later = later or (change, new_plan)  # passes, but the training does not run it yet: something else may
-    return finding if later is None else _with_hint(finding, later[0], plan, later[1])
+            return change, new_plan, new_findings
+        later = later or (change, new_plan, new_findings)  # passes, but the training does not run it yet: something else may
+    return later
 
 
 def _mark(finding: Finding) -> tuple[str, str | None]:
@@ -141,6 +184,9 @@ def _gpu_memory(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
         yield {"gpus": gpus, **auto}
         for change in shard or [{"parallelism": "zero3"}]:
             yield {"gpus": gpus, **change, **full, **auto}
+    if preset["parallelism"] in ("zero1", "zero2", "zero3", "fsdp"):
+        partition = plan.site["partitions"].get(plan.slurm.get("partition", ""), {})
+        yield from ({"nodes": nodes, **full, **auto} for nodes in range(plan.layout.nodes + 1, (partition.get("max_nodes") or 0) + 1))
     for optimizer in ("adafactor", "adamw_8bit"):
         if training["optimizer"] == "adamw":
             yield {"training.optimizer": optimizer, **full, **auto}
@@ -227,6 +273,12 @@ def _node_memory(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
     yield {"memory_per_node_gib": plan.hardware["memory_gib"]}
 
 
+def _memory_of_cpus(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
+    most = plan.site["partitions"][plan.slurm["partition"]]["max_memory_per_cpu_mib"]
+    yield {"cpus_per_node": -(-1024 * plan.layout.memory_per_node_gib // most)}
+    yield {"memory_per_node_gib": most * plan.layout.cpus_per_node // 1024}
+
+
 _CANDIDATES: Mapping[str, Callable[[Plan, Sequence[str]], Iterator[Change]]] = {
     "gpu-memory": _gpu_memory,
     "host-memory": _host_memory,
@@ -248,6 +300,7 @@ _CANDIDATES: Mapping[str, Callable[[Plan, Sequence[str]], Iterator[Change]]] = {
     "ranks-above-gpus": _ranks,
     "cpus-above-node": _cpus,
     "memory-above-node": _node_memory,
+    "memory-above-cpus": _memory_of_cpus,
 }
 
 
@@ -257,9 +310,9 @@ def _halves(number: int) -> Iterator[int]:
         yield number
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "default", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_written(entry)}" for key, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {written(entry)}" for key, entry in value.items()) + "}"
     return str(value)

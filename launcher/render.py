@@ -64,10 +64,10 @@ def directives(plan: Plan, run: Run) -> list[Directive]:
         ("open-mode", "append"),
         ("propagate", "NONE"),
         ("nodes", str(layout.nodes)),
-        ("ntasks-per-node", str(layout.ranks_per_node)),
+        ("ntasks-per-node", str(1 if _per_task(plan) else layout.ranks_per_node)),
     ]
     if not site["whole_nodes"]:
-        asked += [("cpus-per-task", str(layout.cpus_per_rank)), *_memory(plan)]
+        asked += [("cpus-per-task", str(layout.cpus_per_node if _per_task(plan) else layout.cpus_per_rank)), *_memory(plan)]
     asked += _gpus(plan)
     if plan.time_limit_min is not None:
         asked.append(("time", slurm_time(plan.time_limit_min)))
@@ -79,20 +79,26 @@ def directives(plan: Plan, run: Run) -> list[Directive]:
     return asked
 
 
+def _per_task(plan: Plan) -> bool:
+    """One task a node holds everything, since GPUs asked for per task are bound to it and ranks need to see each other's."""
+    return plan.site["gpu_request"] == "gpus_per_task" and plan.layout.gpus_per_node > 0
+
+
 def _memory(plan: Plan) -> list[Directive]:
     total_mib, layout = plan.layout.memory_per_node_gib * 1024, plan.layout
     form = plan.site["memory"]
     if form == "mem":
         return [("mem", f"{layout.memory_per_node_gib}G")]
     if form == "per_cpu":
-        return [("mem-per-cpu", f"{total_mib // (layout.cpus_per_rank * layout.ranks_per_node)}M")]
+        cpus = layout.cpus_per_node if _per_task(plan) else layout.cpus_per_rank * layout.ranks_per_node
+        return [("mem-per-cpu", f"{total_mib // cpus}M")]
     if form == "per_gpu" and layout.gpus_per_node:
         return [("mem-per-gpu", f"{total_mib // layout.gpus_per_node}M")]
     return []
 
 
 def _gpus(plan: Plan) -> list[Directive]:
-    """GPUs are asked for per node (or per job), never per task."""
+    """GPUs are asked for per node, per job, or for the one task of a node."""
     site, layout = plan.site, plan.layout
     gpu: dict[str, Any] = plan.hardware["gpu"] or {}
     kind = site["gpu_type"] or (gpu.get("gres_type") if site["gpu_typed"] else None)
@@ -103,6 +109,8 @@ def _gpus(plan: Plan) -> list[Directive]:
     asked: list[Directive] = [("gres", ",".join(resources))] if resources else []
     if count and form == "gpus_per_node":
         asked.append(("gpus-per-node", f"{prefix}{count}"))
+    if _per_task(plan):
+        asked.append(("gpus-per-task", f"{prefix}{count}"))
     if count and form == "gpus":
         asked.append(("gpus", f"{prefix}{count * layout.nodes}"))
     return asked

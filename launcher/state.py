@@ -89,8 +89,10 @@ def _here(run: Run, turn: Sequence[dict[str, Any]], at: datetime) -> State:
 def _on_slurm(run: Run, turn: Sequence[dict[str, Any]], job: Known, at: datetime) -> State:
     phase = _phase(turn)
     if job.state == "cancelled":
-        return "cancelled"
+        return "failed" if _is_staging(run, turn) else "cancelled"  # it waited for a job that failed
     if job.state == "pending":
+        if phase == "queued" and _is_staging(run, turn):
+            return "staging"
         return "queued" if phase == "queued" else "continuing"
     if job.state == "running":
         return "running" if phase in ("queued", "continuing") else phase
@@ -103,6 +105,12 @@ def _on_slurm(run: Run, turn: Sequence[dict[str, Any]], job: Known, at: datetime
     lease = read_lease(run)
     alive = lease is not None and phase in ("running", "stopping") and _age_s(lease.heartbeat, at) < FRESH_S
     return phase if alive else "lost"
+
+
+def _is_staging(run: Run, turn: Sequence[dict[str, Any]]) -> bool:
+    """Whether the run waits for a job that makes its image or data ready, or waited for one when it ended."""
+    names = [event["event"] for event in run.events("staging", "staged", "cancel_requested")]
+    return names[-1:] == ["staging"] and all(event["event"] != "cancel_requested" for event in turn)
 
 
 def _age_s(time: str, at: datetime) -> float:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from launcher.plan import Plan, write_plan
 from launcher.run import Run, boot_id, is_process_alive, process_start, read_lease
 from launcher.runs import code_sha, copy_code
 from launcher.slurm.queue import look_up
-from launcher.slurm.tools import Unanswered, call, clean_environment
+from launcher.slurm.tools import Unanswered, after_options, call, clean_environment
 
 
 class AlreadyGoing(ActionError):
@@ -38,8 +38,10 @@ def turns(run: Run) -> int:
     return len(run.events("submitted", "resumed", "started", "continued"))
 
 
-def submit(run: Run) -> str:
+def submit(run: Run, *, after: Sequence[str] = ()) -> str:
     """Hand a fresh run to Slurm, or to a supervisor of its own session on this machine; returns the job id or the supervisor's pid.
+
+    ``after``: jobs that must have ended well before it begins.
 
     Errors: ActionError (5) with the scheduler's own reason, after which the run is gone again; Unanswered (5) when a job may have been
     accepted, so that the run stays; AlreadyGoing (5) when it is not fresh any more.
@@ -47,7 +49,7 @@ def submit(run: Run) -> str:
     with _alone(run), ExitStack() as undo:
         _still(run, 0)
         undo.callback(shutil.rmtree, run.root)
-        return _start(run, run.lives_started(), "submitted", undo)
+        return _start(run, run.lives_started(), "submitted", undo, after)
 
 
 def resume(
@@ -58,11 +60,13 @@ def resume(
     code_current: bool = False,
     plan: Plan | None = None,
     job_script: str | None = None,
+    after: Sequence[str] = (),
 ) -> str:
     """Begin another life of a run; returns the job id or the supervisor's pid. That it does not live already is the caller's to see.
 
     ``seen``: ``turns`` before the caller looked. ``from_checkpoint``: ``epoch-2`` or ``step-100``; newer checkpoints are set aside.
-    ``plan`` and ``job_script``: what is changed from this life on. Errors: UsageError when there is no such checkpoint or the plan is
+    ``plan`` and ``job_script``: what is changed from this life on. ``after``: as for ``submit``.
+    Errors: UsageError when there is no such checkpoint or the plan is
     another run's, AlreadyGoing, ActionError; after each the run is as it was, except after Unanswered: a job may have been accepted.
     """
     if plan is not None and plan.identity != run.plan(run.lives_started()).identity:
@@ -85,7 +89,7 @@ def resume(
         if code_current:
             _swap_code(run, folder, undo)
         details = {"from_step": chosen.step if chosen else None, "code": code_sha(run) if code_current else None}
-        return _start(run, life, "resumed", undo, **details)
+        return _start(run, life, "resumed", undo, after, **details)
 
 
 def cancel(run: Run, *, now: bool) -> None:
@@ -97,6 +101,8 @@ def cancel(run: Run, *, now: bool) -> None:
         _cancel_here(run, now=now)
         return
     scancel = run.record()["tools"]["scancel"]
+    for event in run.events("staging")[-1:]:  # jobs before the training's: what they made so far is kept
+        call([scancel, *event["jobs"].values()])
     if not now:
         waiting = call([scancel, "--state=PENDING", job_id])
         if waiting.code == 0 and look_up([job_id], run.record()["tools"])[job_id].state in ("cancelled", "gone"):
@@ -140,10 +146,10 @@ def present_life(run: Run) -> int:
     return max(asked_for, last + (last in ended))
 
 
-def _start(run: Run, life: int, event: str, undo: ExitStack, **details: Any) -> str:
+def _start(run: Run, life: int, event: str, undo: ExitStack, after: Sequence[str] = (), **details: Any) -> str:
     """Send the life on its way and write so. From then on, and when it may be, ``undo`` has nothing to undo any more."""
     if run.record()["scheduler"] == "slurm":
-        return _start_on_slurm(run, life, event, undo, **details)
+        return _start_on_slurm(run, life, event, undo, after, **details)
     with _signals_held():
         run.append_event(event, life=life, host=socket.gethostname(), **details)
         try:
@@ -155,12 +161,12 @@ def _start(run: Run, life: int, event: str, undo: ExitStack, **details: Any) -> 
     return str(pid)
 
 
-def _start_on_slurm(run: Run, life: int, event: str, undo: ExitStack, **details: Any) -> str:
+def _start_on_slurm(run: Run, life: int, event: str, undo: ExitStack, after: Sequence[str], **details: Any) -> str:
     from launcher.slurm.plugin import submit_run  # submitit is not needed on this machine alone
 
     with _signals_held():
         try:
-            job_id = submit_run(run, life)
+            job_id = submit_run(run, life, options=after_options(after))
         except Unanswered:
             undo.pop_all()
             raise

@@ -18,6 +18,7 @@ from tests.fake_slurm import FakeSlurm, make_fake_slurm
 
 REPOSITORY = Path(__file__).parent.parent
 AS_USER = REPOSITORY / "tests" / "hpc" / "as-ftuser"
+UP = REPOSITORY / "tests" / "hpc" / "up"
 HPC = Path(os.environ.get("FTLAUNCH_HPC", "/var/lib/ftlaunch-hpc"))
 
 # Where tests run in the background INT is ignored, and would be by every program that a test starts.
@@ -69,18 +70,59 @@ class Cluster:
         return done
 
 
+@dataclass(frozen=True)
+class Configuration:
+    """The test cluster as another site is: one folder of ``tests/hpc/configurations``."""
+
+    name: str
+    accepts: list[str]
+    """Options with which sbatch takes a job there."""
+    stack: Cluster
+
+
+@pytest.fixture(scope="module")
+def switch() -> Iterator[Callable[[str], None]]:
+    """Brings the cluster into a configuration, if it is not in it; after the module it is the default again."""
+    current: list[str] = []
+
+    def to(name: str) -> None:
+        if current != [name]:
+            current[:] = ["unknown"]
+            subprocess.run([UP, "--configuration", name], check=True, stdin=subprocess.DEVNULL)
+            current[:] = [name]
+
+    yield to
+    subprocess.run([UP], check=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture
+def configuration(request: pytest.FixtureRequest, switch: Callable[[str], None], stack: Cluster) -> Configuration:
+    """The cluster as ``parametrize("configuration", [names], indirect=True)`` asks.
+
+    It stays so for the tests that follow in the module: there, every test that needs the cluster should name its configuration.
+    """
+    switch(request.param)
+    return Configuration(request.param, (UP.parent / "configurations" / request.param / "accepts").read_text().split(), stack)
+
+
 @pytest.fixture(scope="session")
-def cluster(wheel: Path) -> Iterator[Cluster]:
-    """The real Slurm and Apptainer, with this tree's wheel installed for the unprivileged user."""
+def stack() -> Cluster:
+    """The real Slurm and Apptainer, before anything of ours is installed."""
     found = Cluster(HPC)
-    subprocess.run(
-        [found.python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", wheel], check=True, stdin=subprocess.DEVNULL
-    )
-    subprocess.run(
-        [found.python, "-m", "pip", "install", "-q", "-c", REPOSITORY / "constraints.txt", wheel], check=True, stdin=subprocess.DEVNULL
-    )
     subprocess.run(["install", "-d", "-o", found.user, "-m", "0755", found.home], check=True)
-    yield found
+    return found
+
+
+@pytest.fixture(scope="session")
+def cluster(stack: Cluster, wheel: Path) -> Cluster:
+    """The real Slurm and Apptainer, with this tree's wheel installed for the unprivileged user."""
+    subprocess.run(
+        [stack.python, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", wheel], check=True, stdin=subprocess.DEVNULL
+    )
+    subprocess.run(
+        [stack.python, "-m", "pip", "install", "-q", "-c", REPOSITORY / "constraints.txt", wheel], check=True, stdin=subprocess.DEVNULL
+    )
+    return stack
 
 
 @pytest.fixture(scope="session")

@@ -49,15 +49,15 @@ def golden_files() -> dict[str, str]:
     return files
 
 
-def main() -> None:
-    files = golden_files()
-    for path in GOLDEN.rglob("*") if GOLDEN.exists() else ():
-        if path.is_file() and str(path.relative_to(GOLDEN)) not in files:
+def write(folder: Path, files: dict[str, str]) -> None:
+    """The folder with these files and no others."""
+    for path in folder.rglob("*") if folder.exists() else ():
+        if path.is_file() and str(path.relative_to(folder)) not in files:
             path.unlink()
     for name, text in files.items():
-        (GOLDEN / name).parent.mkdir(parents=True, exist_ok=True)
-        (GOLDEN / name).write_text(text)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 if __name__ == "__main__":
-    main()
+    write(GOLDEN, golden_files())

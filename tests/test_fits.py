@@ -91,6 +91,18 @@ def test_on_this_machine_nothing_limits_the_time() -> None:
     assert found(plan(time_limit_min=None)) == []
 
 
+def test_a_qos_preempts_whatever_the_partition() -> None:
+    at = site(qos={"besteffort": {"preemptible": True, "grace_s": 0, "preempted_every": "6h"}}, partitions={"gpu": {"max_time": "48h"}})
+    options = {"partition": "gpu", "qos": "besteffort"}
+    (finding,) = found(plan(slurm=options), at=at)
+    assert finding.message.startswith("qos besteffort gives 0 s between notice and kill")
+    assert found(plan(slurm={"partition": "gpu", "qos": "normal"}), at=at) == []
+    often = plan_of(preset(data={"name": "a/c", "num_samples": 1000}), site=at, slurm=options)[0].time
+    seldom = plan_of(preset(data={"name": "a/c", "num_samples": 1000}), site=at, slurm={"partition": "gpu"})[0].time
+    assert often is not None and often.expected_loss_share is not None
+    assert seldom is not None and seldom.expected_loss_share is None
+
+
 @pytest.mark.parametrize(
     ("wish", "grace_s", "warned"),
     [({}, 60, True), ({}, 200, False), ({"checkpoint": {"minutes": 10}}, 60, False)],

@@ -62,6 +62,12 @@ PARTITION = {"partitions": {"gpu": {"max_time": "24h", "gpus_per_node": 4, "max_
             "time-above-partition: slurm.time: 48h, but partition gpu allows 24h (time: 24h; the run continues in a next life)",
         ),
         (
+            {"memory_per_node_gib": 80, "cpus_per_node": 8},
+            {"site": site(partitions={"gpu": {"max_memory_per_cpu_mib": 8000}}), "slurm": {"partition": "gpu"}},
+            "memory-above-cpus: memory_per_node_gib: 80 GiB for 8 CPUs, but partition gpu gives a CPU 8000 MiB "
+            "(cpus_per_node: 11, or less RAM)",
+        ),
+        (
             {"training": {"dtype": "bf16"}},
             {"hardware": hardware(**V100)},
             "dtype-not-on-gpu: training.dtype: bf16 needs compute capability 8.0, v100 has 7.0 (dtype: fp32 or fp16)",
@@ -142,18 +148,6 @@ PARTITION = {"partitions": {"gpu": {"max_time": "24h", "gpus_per_node": 4, "max_
             "(a stack for an older CUDA, or --allow driver)",
         ),
         (
-            {},
-            {"site": site(build={"on": "slurm"})},
-            "not-built-yet: site cluster: build.on: slurm is not built yet: ftlaunch build works where it is started "
-            "(build.on: here in your site's file, and first run ftlaunch build on a compute node: submit uses what it finds)",
-        ),
-        (
-            {},
-            {"site": site(stage={"on": "elsewhere"})},
-            "not-built-yet: site cluster: stage.on: elsewhere is not built yet: ftlaunch stage works where it is started "
-            "(stage.on: here in your site's file, and first run ftlaunch stage on a compute node: submit uses what it finds)",
-        ),
-        (
             {"data": {"name": "a/c", "packing": "documents"}},
             {},
             "not-built-yet: data.packing: packing with borders kept is not built yet (packing: flatten)",
@@ -183,8 +177,24 @@ def test_refused(wish: dict[str, Any], changes: dict[str, Any], expected: str) -
             {"site": site(cache="/scratch/cache", submit_limit=5)},
             [
                 "warning: no-effect-yet: site cluster: cache has no effect yet (leave cache out)",
-                "warning: no-effect-yet: site cluster: submit_limit has no effect yet (leave submit_limit out)",
             ],
+        ),
+        (
+            {},
+            {"site": site(closed="2026-08-31", build={"on": "elsewhere"})},
+            [
+                "warning: site-closed: site cluster is closed since 2026-08-31: nothing runs there any more",
+                "warning: build-elsewhere: site cluster builds no images: submit takes the one that it finds in the folder of images "
+                "(ftlaunch build on another machine, or --print-only, and copy it)",
+            ],
+        ),
+        (
+            {"memory_per_node_gib": 80, "cpus_per_node": 8},
+            {
+                "site": site(memory="none", partitions={"gpu": {"max_memory_per_cpu_mib": 8000, "gpus_per_node": 2}}),
+                "slurm": {"partition": "gpu"},
+            },
+            [],
         ),
         (
             {"parallelism": "device_map"},
@@ -227,6 +237,8 @@ def test_refused(wish: dict[str, Any], changes: dict[str, Any], expected: str) -
         "driver-unknown",
         "driver-by-cuda",
         "site-no-effect",
+        "site-closed",
+        "memory-not-asked-for",
         "device-map",
         "idle-gpus",
         "tf32-v100",
@@ -258,3 +270,10 @@ def test_allowed_gates_become_warnings_and_others_do_not() -> None:
     assert (levels["driver-too-old"], levels["time-above-partition"]) == ("warning", "error")
     assert set(ALLOWED_BY) == GATES - {"disk-too-small", "gated-model"}
     assert plan_of(**changes, allowed=["driver"])[0].allowed == ("driver",)
+
+
+def test_whole_nodes_are_paid_whole() -> None:
+    whole = site(whole_nodes=True, partitions={"gpu": {"gpus_per_node": 3}})
+    said = [str(finding) for finding in plan_of(site=whole, slurm={"partition": "gpu"})[1] if finding.code == "whole-node"]
+    assert said == ["gpus: site cluster gives whole nodes: 1 of 3 GPUs of each wait, and are paid (gpus: 3)"]
+    assert "whole-node" not in [finding.code for finding in plan_of(preset(gpus=3), site=whole, slurm={"partition": "gpu"})[1]]

@@ -159,7 +159,7 @@ def test_a_rank_that_dies_is_named(user: User) -> None:
     [
         (["training.learnin_rate=1e-5"], ["training.learnin_rate", "learning_rate"]),
         (["training.epochs=many"], ["training.epochs"]),
-        (["training.sequence_length=4096"], ["training.sequence_length", "512"]),
+        (["training.sequence_length=1024"], ["training.sequence_length", "512"]),
         (["hardware=cpy"], ["hardware", "cpu"]),
         (["data.path=/nowhere/at/all"], ["data.path", "/nowhere/at/all"]),
     ],

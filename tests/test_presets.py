@@ -79,7 +79,8 @@ def test_hardware(name: str) -> None:
 @pytest.mark.parametrize("name", names("sites"))
 def test_site(name: str) -> None:
     site = read_site(name, home=NOWHERE).value
-    assert site.name == name and site.source and site.runs is None
+    assert site.name == name and site.source
+    assert site.partitions or site.runs is None, "where files lie is a matter of the cluster"
 
 
 @pytest.mark.parametrize("name", names("models"))

@@ -109,6 +109,12 @@ def test_environment_of_the_step_keeps_what_srun_needs() -> None:
     assert "x" not in found.values() and "RANK" not in found and "GLOO_SOCKET_IFNAME" not in found
 
 
+def test_gpus_of_a_task_are_not_asked_for_again_by_every_rank() -> None:
+    left = {"SLURM_GPUS_PER_TASK": "4", "SLURM_TRES_PER_TASK": "gres/gpu:4", "SLURM_GPUS_ON_NODE": "4"}
+    found = step_environment(RUN, toy_plan(), IN_JOB, left)
+    assert left.keys() & found.keys() == {"SLURM_GPUS_ON_NODE"}
+
+
 def test_site_and_container_have_the_last_word() -> None:
     plan = toy_plan(site={"network": {"env": {"NCCL_DEBUG": "INFO"}}}, container=Container("none", env={"OMP_NUM_THREADS": "3"}))
     found = local_environment(RUN, plan, HERE, 0, {"NCCL_DEBUG": "TRACE"})

@@ -10,7 +10,7 @@ import pytest
 from launcher.cli.line import Wish, planned, read
 from launcher.errors import Finding
 from launcher.plan import Plan
-from launcher.remedies import Change, change_text, changed, with_remedies
+from launcher.remedies import Change, change_text, changed, passing, refusals, with_remedies
 from tests.plans import GPU, hardware, plan_of, preset, site
 
 GPU_NODES: dict[str, Any] = {"gpu": {"max_time": "24h", "gpus_per_node": 4, "max_nodes": 2}}
@@ -40,7 +40,7 @@ def test_the_change_was_tried_and_passes(name: str, settings: list[str], code: s
     findings = planned(read(Wish(f"presets/{name}", settings=tuple(settings))))[1]
     (refusal,) = [finding for finding in findings if finding.code == code]
     assert refusal.hint is not None and refusal.hint.startswith(hint), refusal.hint
-    text = re.sub(r"( \(\d+\))?( passes with .*)?$", "", refusal.hint)
+    text = re.sub(r"( \(\d+\))?( passes with .*)?(; or passes here: .*)?$", "", refusal.hint)
     again = [*settings, *(part.replace(": ", "=", 1) for part in re.split(r", (?=[a-z_.]+: )", text))]
     after = planned(read(Wish(f"presets/{name}", settings=tuple(again))))[1]
     assert code not in [finding.code for finding in after if finding.level == "error"], again
@@ -82,6 +82,40 @@ def test_small_plans(wish: dict[str, Any], changes: dict[str, Any], code: str, h
     plan, findings = plan_of(wanted, slurm=slurm, **changes)
     remedied = with_remedies(plan, findings, replan)
     assert [finding.hint for finding in remedied if finding.code == code] == [hint]
+
+
+@pytest.mark.parametrize(
+    ("site", "hint"),
+    [
+        ("delftblue", "gpus: 4; or passes here: ftlaunch check starcoder2-15b-fast --gpus 3 --nodes 2; not executed yet: zero3"),
+        ("lonestar6", "passes here: ftlaunch check starcoder2-15b-fast --partition gpu-a100 --gpus 3 --nodes 3 "
+        "--set training.micro_batch=auto; not executed yet: zero3"),
+    ],
+)  # fmt: skip
+def test_too_many_gpus_name_the_variant_that_passes(site: str, hint: str) -> None:
+    """That what is named passes: tests/test_compare.py."""
+    findings = planned(read(Wish("presets/starcoder2-15b", f"presets/sites/{site}")))[1]
+    assert [finding.hint for finding in findings if finding.code == "gpus-above-node"] == [hint]
+
+
+def test_passing_goes_on_until_nothing_is_refused() -> None:
+    wanted, changes = preset(gpus=6, nodes=3), {"site": site(partitions=GPU_NODES)}
+
+    def replan(change: Change) -> tuple[Plan, list[Finding]] | None:
+        other = changed(wanted, {key: value for key, value in change.items() if not key.startswith("slurm.")})
+        return None if other is None or "stack" in change else plan_of(other, slurm={"partition": "gpu"}, **changes)
+
+    plan, findings = plan_of(wanted, slurm={"partition": "gpu"}, **changes)
+    assert {finding.code for finding in refusals(findings)} == {"gpus-above-partition", "nodes-above-partition"}
+    found = passing(plan, findings, replan)
+    assert found is not None
+    assert found[0] == {"gpus": 3, "nodes": 2}
+    assert passing(plan, findings, lambda change: None) is None
+    assert passing(*plan_of(), replan) == ({}, plan_of()[0])
+
+
+def test_an_account_is_no_matter_of_the_plan() -> None:
+    assert refusals(plan_of(site=site(account="required"))[1]) == []
 
 
 def test_without_a_remedy_the_finding_stays() -> None:

@@ -78,6 +78,10 @@ def test_batch_script_is_as_agreed(name: str, tmp_path: Path) -> None:
         pytest.param({"gpu_request": "gres", "gpu_typed": True}, {"gres": "gpu:a100:4"}, id="gres-typed"),
         pytest.param({"gpu_request": "gres", "gpu_type": "big"}, {"gres": "gpu:big:4"}, id="gres-own-type"),
         pytest.param({"gpu_request": "gpus_per_node"}, {"gpus-per-node": "4"}, id="gpus-per-node"),
+        pytest.param({"gpu_request": "gpus_per_task"}, {"gpus-per-task": "4"}, id="gpus-per-task"),
+        pytest.param(
+            {"gpu_request": "gpus_per_task", "memory": "per_cpu"}, {"gpus-per-task": "4", "mem-per-cpu": "3840M"}, id="per-task-and-cpu"
+        ),
         pytest.param({"gpu_request": "gpus", "gpu_type": "a100"}, {"gpus": "a100:8"}, id="gpus"),
         pytest.param({"gpu_request": "none"}, {}, id="no-gpus"),
         pytest.param({"gpu_request": "none", "local_disk_request": "nvme:9"}, {"gres": "nvme:9"}, id="disk-only"),
@@ -89,11 +93,19 @@ def test_batch_script_is_as_agreed(name: str, tmp_path: Path) -> None:
 )
 def test_only_what_the_site_asks_for(site: dict[str, Any], asked: dict[str, str]) -> None:
     found = dict(directives(slurm_plan(site, **ON_GPUS), RUN))
-    forms = ("gres", "gpus-per-node", "gpus", "mem", "mem-per-cpu", "mem-per-gpu")
+    forms = ("gres", "gpus-per-node", "gpus-per-task", "gpus", "mem", "mem-per-cpu", "mem-per-gpu")
     default = {"mem": "120G"} if {"memory", "whole_nodes"}.isdisjoint(site) else {}
     assert {name: value for name, value in found.items() if name in forms} == {**default, **asked}
     assert ("cpus-per-task" in found) is not site.get("whole_nodes", False)
     assert not {"wckey", "comment", "account", "partition", "qos", "mail-user", "requeue", "no-requeue"} & found.keys()
+
+
+def test_gpus_per_task_are_asked_for_by_one_task() -> None:
+    """Which holds everything: GPUs that belong to a rank's task would be hidden from the other ranks."""
+    asked = dict(directives(slurm_plan({"gpu_request": "gpus_per_task"}, **ON_GPUS), RUN))
+    assert (asked["ntasks-per-node"], asked["cpus-per-task"], asked["gpus-per-task"]) == ("1", "32", "4")
+    on_cpu = dict(directives(slurm_plan({"gpu_request": "gpus_per_task"}), RUN))
+    assert "gpus-per-task" not in on_cpu and on_cpu["ntasks-per-node"] == str(slurm_plan().layout.ranks_per_node)
 
 
 def test_signal_to_the_steps() -> None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"planner"},
     {"render", "image", "stage", "ranks", "remedies", "advice"},
     {"slurm", "supervise", "continuation", "node", "processes", "runs", "state"},
-    {"submit", "follow", "report", "observe"},
+    {"submit", "follow", "report", "observe", "site"},
     {"cli"},
 ]
 TRAIN_MAY_IMPORT = {"errors", "files", "plan", "run", "metrics", "checkpoint", "supported", "train"}

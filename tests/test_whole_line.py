@@ -231,3 +231,26 @@ def test_refused_account_is_one_line(line: Line) -> None:
     done = line("submit", "tiny", "--site", line.folder / "site.yaml", "--new", "--account", "nonsense", check=False)
     assert done.returncode == 5
     assert "Traceback" not in done.stderr and "account" in done.stderr.splitlines()[-1].lower()
+
+
+def test_image_and_data_made_ready_by_jobs(line: Line) -> None:
+    """Where a site wants nothing heavy on its login node: the training's job waits for the one that stages."""
+    site = line.folder / "jobs.yaml"
+    fresh = line.folder / f"data-{time.time_ns()}"
+    text = (line.folder / "site.yaml").read_text()
+    text = "\n".join(row for row in text.splitlines() if not row.startswith("data:"))
+    jobs = "build: {on: slurm}\nstage: {on: slurm, partition: high, cpus: 2, memory_gib: 4, time: 20m}"
+    site.write_text(f"{text}\ndata: {fresh}\n{jobs}\n")
+    site.chmod(0o644)
+    small = ["--set", "data.num_samples=60", "--set", "training.epochs=1", "--set", "name=by-jobs", "--partition", "high"]
+    submitted = json.loads(line("submit", "tiny", "--site", site, "--new", "--json", *small).stdout)
+    assert submitted["state"] == "staging"
+    run = Run(Path(submitted["folder"]))
+    assert run.plan().staged is None and not fresh.exists()
+    line.finish(run)
+    assert [event["event"] for event in run.events("staging", "submitted", "staged", "started", "finished")] == [
+        "staging", "submitted", "staged", "started", "finished",
+    ]  # fmt: skip
+    staged = run.plan().staged
+    assert staged is not None and staged.data.startswith(str(fresh))
+    assert json.loads(line("submit", "tiny", "--site", site, "--json", *small).stdout)["id"] == run.id

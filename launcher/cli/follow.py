@@ -72,7 +72,7 @@ def runs_folder() -> Path:
     from launcher.cli.line import folders_of, site_of
 
     own = os.environ.get("FTLAUNCH_RUNS")
-    return Path(own).absolute() if own else folders_of(site_of(None)).runs
+    return Path(own).absolute() if own else folders_of(site_of(None).value).runs
 
 
 def follow_run(run: Run) -> int:

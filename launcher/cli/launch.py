@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.cli.line import Line, Wish, batch_script, container_of, planned, read, refuse, rendered, staged
+from launcher.cli.chain import Ready, make_ready, start_chain, withdraw
+from launcher.cli.line import Line, Wish, batch_script, planned, read, refuse, rendered
 from launcher.cli.show import say, show_findings
-from launcher.errors import Finding, GateError, MissingError, UsageError
+from launcher.errors import Finding, FtlaunchError, GateError, MissingError, UsageError
 from launcher.plan import Container, Plan, to_json
 from launcher.preset.choose import SLURM_KEYS, Chosen
 from launcher.preset.fields import duration_text
@@ -20,6 +22,7 @@ from launcher.preset.reading import COMMAND_LINE, SET, Loaded
 from launcher.preset.site import Site
 from launcher.preset.stack import Stack
 from launcher.run import Run, State
+from launcher.slurm.tools import Unanswered
 
 GOING: Collection[State] = ("queued", "running", "stopping", "continuing", "staging")
 """States that end by themselves."""
@@ -46,18 +49,19 @@ def launch(line: Line, *, new: bool) -> Launched:
     show_findings([finding for finding in findings if finding.level == "warning"])
     runs = line.folders.runs
     _require(line)
-    container = container_of(line)
-    plan, findings = planned(line, container, staged(line, container))
+    ready = make_ready(line)
+    plan, findings = planned(line, ready.container, ready.staged)
     refuse(findings)
     existing = None if new else find_existing(plan, runs)
     if existing is None:
         try:
             run = create_run(plan, lambda run: rendered(line, plan, run), line.preset.text, runs, new=new)
-            return Launched(run, "submitted", "queued", submit(run))
+            job = _with_chain(run, line, ready, lambda after: submit(run, after=after))
+            return Launched(run, "submitted", "staging" if ready.pending else "queued", job)
         except (RunExists, AlreadyGoing) as error:  # two submissions at once: the other one was first
             existing = error.run
     try:
-        return _again(line, plan, existing)
+        return _again(line, plan, existing, ready)
     except AlreadyGoing:
         return Launched(existing, "shown", state_now(existing))
 
@@ -93,6 +97,8 @@ def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_curren
         raise UsageError(f"{run.id} is finished: {run.model}", code="finished", hint="to train on from an earlier point: --from epoch-1")
     if state in GOING:
         raise UsageError(f"{run.id} is {state}", code="alive", hint=f"ftlaunch status {run.id}")
+    if run.plan(run.lives_started()).staged is None:
+        raise UsageError(f"{run.id} was never staged", code="not-staged", hint="submit its preset again: it goes on from there")
     if not (wish.settings or wish.options or wish.allowed):
         return Launched(run, "resumed", "queued", resume(run, seen=seen, from_checkpoint=from_checkpoint, code_current=code_current))
     before = run.plan(run.lives_started())
@@ -130,7 +136,26 @@ def line_of(run: Run, plan: Plan, wish: Wish) -> Line:
     return replace(line, preset=preset, hardware=_loaded(hardware, run), site=_loaded(site, run), stack=stack, slurm=slurm)
 
 
-def _again(line: Line, plan: Plan, run: Run) -> Launched:
+def _with_chain(run: Run, line: Line, ready: Ready, start: Callable[[Sequence[str]], str]) -> str:
+    """Start the run after the jobs that make it ready; they are withdrawn when it cannot be started."""
+    tools = run.record()["tools"]
+    try:
+        after = start_chain(run, line, ready.pending) if ready.pending else []
+    except FtlaunchError:
+        if not run.events("submitted", "resumed"):
+            shutil.rmtree(run.root)
+        raise
+    jobs = dict(run.events("staging")[-1]["jobs"]) if after else {}
+    try:
+        return start(after)
+    except Unanswered:
+        raise
+    except FtlaunchError:
+        withdraw(tools["scancel"], jobs)
+        raise
+
+
+def _again(line: Line, plan: Plan, run: Run, ready: Ready) -> Launched:
     """A run of this identity is there: shown when it lives or is finished, else resumed as this submission would have it."""
     from launcher.submit import resume, turns
 
@@ -138,10 +163,12 @@ def _again(line: Line, plan: Plan, run: Run) -> Launched:
     if state in GOING or state == "finished":
         return Launched(run, "shown", state)
     before = run.plan(run.lives_started())
-    if to_json(before) == to_json(plan):
+    if to_json(before) == to_json(plan) and not ready.pending:
         return Launched(run, "resumed", "queued", resume(run, seen=seen))
     say(f"{run.id} goes on with what changed")
-    return Launched(run, "resumed", "queued", resume(run, seen=seen, plan=plan, job_script=batch_script(line, plan, run)))
+    script = batch_script(line, plan, run)
+    job = _with_chain(run, line, ready, lambda after: resume(run, seen=seen, plan=plan, job_script=script, after=after))
+    return Launched(run, "resumed", "staging" if ready.pending else "queued", job)
 
 
 def preview(line: Line) -> dict[str, str]:
@@ -169,9 +196,9 @@ def _require(line: Line) -> None:
     site = line.site.value
     missing: list[Finding] = []
     needs: list[Callable[[], object]] = [find_tools] if site.scheduler == "slurm" else []
-    if site.container.use == "apptainer":
+    if site.container.use == "apptainer" and (site.build.on == "here" or site.stage.on == "here"):
         needs.append(lambda: find_apptainer(site.container))
-    elif line.stack is not None:
+    elif site.container.use == "none" and line.stack is not None:
         stack = line.stack.value
         needs.append(lambda: show_findings(check_host(stack)))
     for need in needs:

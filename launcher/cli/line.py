@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ from launcher.preset.choose import SLURM_KEYS, Chosen, Folders, choose_folders, 
 from launcher.preset.complaints import shown
 from launcher.preset.hardware import Hardware
 from launcher.preset.model import ModelFacts
+from launcher.preset.partition import node_for, nodes_of, partition_findings, suiting
 from launcher.preset.reading import (
     Loaded,
     locate,
@@ -63,11 +65,24 @@ class Line:
     slurm: Mapping[str, Chosen]
     site_source: str = "default"
     """Who chose the site."""
+    suits: tuple[str, ...] = ()
+    """Partitions of the site that suit the preset's hardware best."""
+    nodes: Mapping[str, Hardware] = field(default_factory=dict)
+    """Partition → its node, where the site describes it."""
 
     @property
     def folders(self) -> Folders:
         """Errors: UsageError where a Slurm site says none."""
         return folders_of(self.site.value)
+
+    @property
+    def partition(self) -> str | None:
+        return self.slurm["partition"].value if "partition" in self.slurm else None
+
+    @property
+    def node(self) -> Hardware:
+        """What is planned for: the partition's node where the site describes it, else ``hardware``."""
+        return node_for(self.preset.value, self.hardware.value, self.site.value, self.partition, self.nodes)
 
 
 def read(wish: Wish) -> Line:
@@ -87,8 +102,10 @@ def read(wish: Wish) -> Line:
     stack = None if isinstance(named, OwnImage) else _tried(lambda: read_stack(named, at=preset.where("stack")), findings)
     if site is None or hardware is None or findings:
         raise UsageError(findings=findings)
-    slurm = choose_slurm(preset, site.value, environ=os.environ, config=config)
-    return Line(wish, preset, hardware, site, stack, model_facts(preset.value), slurm, chosen.source)
+    nodes = nodes_of(site.value, lambda name: read_hardware(name).value)
+    suits = tuple(suiting(preset.value, hardware.value, site.value, nodes))
+    slurm = choose_slurm(preset, site.value, environ=os.environ, config=config, suits=suits)
+    return Line(wish, preset, hardware, site, stack, model_facts(preset.value), slurm, chosen.source, suits, nodes)
 
 
 def _tried(read: Callable[[], T], findings: list[Finding]) -> T | None:
@@ -100,15 +117,20 @@ def _tried(read: Callable[[], T], findings: list[Finding]) -> T | None:
         return None
 
 
-def planned(line: Line, container: Container | None = None, staged: Staged | None = None) -> tuple[Plan, list[Finding]]:
-    """The plan and what there is to say about it, each finding with its place in the preset, and each refusal with what would pass."""
+def planned(
+    line: Line, container: Container | None = None, staged: Staged | None = None, observed: Observed | None = None
+) -> tuple[Plan, list[Finding]]:
+    """The plan and what there is to say about it, each finding with its place in the preset, and each refusal with what would pass.
+
+    ``observed``: default, what is seen on this machine.
+    """
     from launcher.cli.replan import remedied
     from launcher.planner import make_plan
 
-    container, observed = container or expected_container(line), observed_here(line)
+    container, observed = container or expected_container(line), observed or observed_here(line)
     plan, findings = make_plan(
         line.preset.value,
-        line.hardware.value,
+        line.node,
         line.site.value,
         None if line.stack is None else line.stack.value,
         container=container,
@@ -118,6 +140,8 @@ def planned(line: Line, container: Container | None = None, staged: Staged | Non
         allowed=line.wish.allowed,
         observed=observed,
     )
+    there = partition_findings(line.preset.value, line.hardware.value, line.site.value, line.partition, line.suits, line.nodes)
+    findings = [*there, *findings]
     if any(finding.level == "error" for finding in findings):
         findings = remedied(line, plan, findings, container, observed)
     return plan, [*locate(findings, line.preset), *_shadowing(line)]
@@ -125,18 +149,25 @@ def planned(line: Line, container: Container | None = None, staged: Staged | Non
 
 def observed_here(line: Line) -> Observed:
     """What this machine and earlier runs say: free disk, a token, a driver. The disk is not asked when what is planned has no place here:
-    GPUs on the local site of a machine that has none.
+    GPUs on the local site of a machine that has none, a cluster where there is no Slurm.
     """
     from launcher.observe import has_nvidia, observe
 
-    elsewhere = line.site.value.scheduler == "none" and line.preset.value.gpus > 0 and not has_nvidia()
+    on_slurm = line.site.value.scheduler == "slurm"
+    elsewhere = shutil.which("sbatch") is None if on_slurm else line.preset.value.gpus > 0 and not has_nvidia()
     try:
         runs = None if elsewhere else line.folders.runs
     except UsageError:  # a site without folders can be planned for, not submitted to
         runs = None
-    partition = None if "partition" not in line.slurm else line.slurm["partition"].value
-    site, hardware = line.site.value.name, line.hardware.value.name
-    return observe(runs, environ=os.environ, home=Path.home(), site=site, hardware=hardware, partition=partition)
+    if on_slurm and runs is not None and not any(folder.exists() for folder in [runs, *runs.parents][:-1]):
+        runs = None  # another cluster than this one: nothing but the root above it is here
+    site, hardware = line.site.value.name, line.node.name
+    observed = observe(runs, environ=os.environ, home=Path.home(), site=site, hardware=hardware, partition=line.partition)
+    if line.site.value.stage.on == "here":
+        return observed
+    from launcher.stage import local_fingerprints
+
+    return replace(observed, fingerprints=local_fingerprints(line.preset.value))
 
 
 def _shadowing(line: Line) -> list[Finding]:
@@ -254,7 +285,7 @@ def folders_of(site: Site) -> Folders:
     return choose_folders(site, environ=os.environ, home=Path.home(), cwd=Path.cwd())
 
 
-def stack_and_site(target: str, site: str | None) -> tuple[Loaded[Stack], Site]:
+def stack_and_site(target: str, site: str | None) -> tuple[Loaded[Stack], Loaded[Site]]:
     """What ``build`` names: a stack (a file with its lock beside it, or a name), else the stack of a preset. Errors: UsageError."""
     path = Path(target)
     stack: Loaded[Stack] | None = None
@@ -268,16 +299,14 @@ def stack_and_site(target: str, site: str | None) -> tuple[Loaded[Stack], Site]:
         line = read(Wish(target, site))
         if line.stack is None:
             raise UsageError("this preset brings its own image: there is nothing to build", key="stack.image")
-        return line.stack, line.site.value
+        return line.stack, line.site
     return stack, site_of(site)
 
 
-def site_of(option: str | None) -> Site:
+def site_of(option: str | None) -> Loaded[Site]:
     """The site of a command that has no preset: ``--site``, ``$FTLAUNCH_SITE``, the user's configuration, ``local``."""
     config = read_config()
-    return read_site(
-        option or os.environ.get("FTLAUNCH_SITE") or (config.value.site if config else None) or "local", environ=os.environ
-    ).value
+    return read_site(option or os.environ.get("FTLAUNCH_SITE") or (config.value.site if config else None) or "local", environ=os.environ)
 
 
 def _with_absolute_template(site: Loaded[Site]) -> Loaded[Site]:

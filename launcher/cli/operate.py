@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launcher.cli import options
 from launcher.cli.show import out, say, show_files, show_json, show_plan, show_rows
-from launcher.errors import UsageError
+from launcher.errors import RunFailed, UsageError
 from launcher.run import Run
+
+if TYPE_CHECKING:
+    from launcher.cli.line import Line
 
 WATCH_S = 60
 """Between two looks of ``status --watch``: Slurm's controller serves everybody."""
@@ -23,6 +27,7 @@ def submit(
     new: Annotated[bool, typer.Option("--new", help="Start another run even when this one exists.")] = False,
     follow: options.Follow = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; print what would be submitted.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps, one save, one stop, one resume instead of the run.")] = False,
     allow: options.Allow = None,
     as_json: options.Json = False,
     account: options.Account = None,
@@ -44,6 +49,9 @@ def submit(
     if dry_run:
         show_files(preview(line), as_json)
         return
+    if smoke:
+        _smoke(line, as_json=as_json)
+        return
     try:
         launched = launch(line, new=new)
     except KeyboardInterrupt:
@@ -52,6 +60,20 @@ def submit(
     _show_launched(launched, as_json)
     if follow and launched.state != "finished":
         _follow(launched.run)
+
+
+def _smoke(line: Line, *, as_json: bool) -> None:
+    from launcher.cli.smoke import failed, smoke, smoke_line
+
+    run, findings = smoke(smoke_line(line))
+    if as_json:
+        show_json({"ok": not failed(findings), "id": run.id, "folder": str(run.root), "verdict": [asdict(found) for found in findings]})
+    else:
+        show_rows(("", "", "took"), [("ok" if found.ok else "NOT OK", found.what, found.measured) for found in findings])
+        verdict = "does not hold" if failed(findings) else "a run can be stopped and goes on here"
+        out().print(f"{run.id}: {verdict}", markup=False)
+    if failed(findings):
+        raise typer.Exit(RunFailed.exit_code)
 
 
 def resume(

@@ -9,8 +9,10 @@ import typer
 Preset = Annotated[str, typer.Argument(metavar="PRESET", help="A file, or the name of a shipped preset.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="An id, the beginning of one, 'last', or a folder.")]
 Site = Annotated[str | None, typer.Option("--site", metavar="SITE", help="A site file, or the name of one.")]
+Sites = Annotated[str | None, typer.Option("--site", metavar="SITE[,SITE…]", help="A site file, or the name of one; several are compared.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value: training.epochs=1.")]
 Allow = Annotated[list[str] | None, typer.Option("--allow", metavar="GATE", help="Override a gate: memory, driver or time.")]
+On = Annotated[str | None, typer.Option("--on", metavar="here|slurm", help="Do it here, or in a job. Default: as the site says.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Stay and show the progress.")]
 

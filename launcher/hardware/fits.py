@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.errors import Finding
@@ -10,7 +10,8 @@ from launcher.plan import Memory, Plan
 from launcher.preset.fields import duration_text
 from launcher.preset.model import ModelFacts
 from launcher.preset.schema import Preset
-from launcher.preset.site import Site
+from launcher.preset.site import Qos, Site
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -24,6 +25,8 @@ class Observed:
     """NVIDIA driver that an earlier life met on the nodes of this hardware, site and partition."""
     token: bool | None = None
     """Whether there is a token for the hub."""
+    fingerprints: Mapping[str, str] | None = None
+    """``data``, ``model``: names, sizes and times of local files, where their content cannot be read yet."""
 
 
 UNOBSERVED = Observed()
@@ -93,12 +96,13 @@ def _time(plan: Plan, preset: Preset, site: Site) -> Iterator[Finding]:
             f"take {needed_s / 60:.0f} min: no life would get further than the one before"
         )
         yield Finding("error", "no-checkpoint-in-time", message, key="slurm.time", hint="a longer time limit, or --allow time")
-    partition = site.partitions.get(plan.slurm.get("partition", ""))
-    if partition is None or not partition.preemptible or partition.grace_s is None:
+    preempting = site.preempting(plan.slurm)
+    if preempting is None or preempting.grace_s is None:
         return
-    if time.step_s + time.checkpoint_stop_s > partition.grace_s and preset.checkpoint.minutes is None:
+    if time.step_s + time.checkpoint_stop_s > preempting.grace_s and preset.checkpoint.minutes is None:
+        where = f"qos {plan.slurm['qos']}" if isinstance(preempting, Qos) else f"partition {plan.slurm['partition']}"
         message = (
-            f"partition {plan.slurm['partition']} gives {partition.grace_s} s between notice and kill, finishing a step and saving takes "
+            f"{where} gives {preempting.grace_s} s between notice and kill, finishing a step and saving takes "
             f"{time.step_s + time.checkpoint_stop_s:.0f} s: only timed checkpoints protect from a preemption there"
         )
         hint = f"checkpoint.minutes: {max(1, round(time.best_checkpoint_min or 30))}"

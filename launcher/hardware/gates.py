@@ -110,6 +110,8 @@ def _site(plan: Plan, preset: Preset, site: Site) -> Iterator[Finding]:
         return
     if site.account == "required" and "account" not in plan.slurm:
         yield _error("account-missing", f"site {site.name} wants an account", "slurm.account", "--account, or slurm.account")
+    if site.closed is not None:
+        yield Finding("warning", "site-closed", f"site {site.name} is closed since {site.closed}: nothing runs there any more")
     name = plan.slurm.get("partition")
     if name is None or not site.partitions:
         return
@@ -118,9 +120,18 @@ def _site(plan: Plan, preset: Preset, site: Site) -> Iterator[Finding]:
         yield _error("unknown-partition", f"site {site.name} knows no partition {name}", "slurm.partition", hint)
         return
     partition = site.partitions[name]
-    if partition.gpus_per_node is not None and preset.gpus > partition.gpus_per_node:
+    if partition.gpus_per_node is not None and plan.hardware["gpus"] >= preset.gpus > partition.gpus_per_node:
         message = f"{preset.gpus} GPUs a node, but partition {name} has {partition.gpus_per_node}"
         yield _error("gpus-above-partition", message, "gpus", f"gpus: {partition.gpus_per_node}")
+    most, cpus, memory_gib = partition.max_memory_per_cpu_mib, plan.layout.cpus_per_node, plan.layout.memory_per_node_gib
+    if most is not None and 1024 * memory_gib > most * cpus and site.memory != "none" and not site.whole_nodes:
+        message = f"{memory_gib} GiB for {cpus} CPUs, but partition {name} gives a CPU {most} MiB"
+        hint = f"cpus_per_node: {-(-1024 * memory_gib // most)}, or less RAM"
+        yield _error("memory-above-cpus", message, "memory_per_node_gib", hint)
+    if site.whole_nodes and 0 < preset.gpus < (partition.gpus_per_node or 0):
+        idle = (partition.gpus_per_node or 0) - preset.gpus
+        message = f"site {site.name} gives whole nodes: {idle} of {partition.gpus_per_node} GPUs of each wait, and are paid"
+        yield Finding("advice", "whole-node", message, key="gpus", hint=f"gpus: {partition.gpus_per_node}")
     if partition.max_nodes is not None and preset.nodes > partition.max_nodes:
         message = f"{preset.nodes} nodes, but partition {name} gives a job {partition.max_nodes}"
         yield _error("nodes-above-partition", message, "nodes", f"nodes: {partition.max_nodes}")
@@ -235,14 +246,11 @@ def _not_built(preset: Preset, site: Site) -> Iterator[Finding]:
     """A site's findings have no key: what they are about is not in the preset."""
     if preset.data.packing not in EXECUTED["data.packing"]:
         yield _error(NOT_BUILT_YET, "packing with borders kept is not built yet", "data.packing", "packing: flatten")
-    for name, work in (("build", site.build), ("stage", site.stage)):
-        if work.on != "here":
-            hint = f"{name}.on: here in your site's file, and first run ftlaunch {name} on a compute node: submit uses what it finds"
-            message = f"site {site.name}: {name}.on: {work.on} is not built yet: ftlaunch {name} works where it is started"
-            yield Finding("error", NOT_BUILT_YET, message, hint=hint)
-    for name, value in (("cache", site.cache), ("submit_limit", site.submit_limit)):
-        if value is not None:
-            yield Finding("warning", "no-effect-yet", f"site {site.name}: {name} has no effect yet", hint=f"leave {name} out")
+    if site.build.on == "elsewhere":
+        message = f"site {site.name} builds no images: submit takes the one that it finds in the folder of images"
+        yield Finding("warning", "build-elsewhere", message, hint="ftlaunch build on another machine, or --print-only, and copy it")
+    if site.cache is not None:
+        yield Finding("warning", "no-effect-yet", f"site {site.name}: cache has no effect yet", hint="leave cache out")
 
 
 def _never_run(preset: Preset) -> Iterator[Finding]:

@@ -43,7 +43,7 @@ FRAGMENTED = 0.045
 7.5 %, in two of 58 steps 11 and 13; with expandable segments (PYTORCH_CUDA_ALLOC_CONF) 0.1 to 2.8."""
 RESERVED = 0.07
 """Share of a GPU that a plan must leave free to count as fitting: for what nobody predicts. Set between the known facts
-(``benchmarks/published.yaml``): of what the sources ran, the fullest takes 0.91 of a GPU by this model; what could not run, 0.94 or more."""
+(``benchmarks/published.yaml``): of what the sources ran, the fullest takes 0.91 of a GPU by this model; what could not, 0.94 or more."""
 GQA_STACK = 5
 """transformers from this major version on leaves grouped keys to the kernel where there is no mask; before, they were always copied out."""
 

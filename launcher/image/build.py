@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -70,7 +71,7 @@ def ensure_image(
     command, images = find_apptainer(site.container), images.absolute()
     base_sha256 = _sha256(Path(stack.base.path)) if stack.base.kind == "localimage" else None
     wanted = identity(stack, lock_text, base_sha256=base_sha256, own=own)
-    image = images / f"{stack.name}-{wanted[:12]}.sif"
+    image = image_file(stack, wanted, images)
     container = Container("apptainer", str(image), wanted, command, tuple(site.container.binds), dict(site.container.env))
     before = _mtime(image)
     if before is not None and not force:
@@ -95,6 +96,22 @@ def ensure_image(
             _build(command, argv, stack, wanted, held / image.name, image, scratch)
             log(f"built {image}")
     return container
+
+
+def find_image(stack: Stack, lock_text: str, images: Path) -> Path | None:
+    """The stack's image where it was built already, by its record: Apptainer is not asked, which a login node may be without."""
+    wanted = identity(stack, lock_text, base_sha256=_sha256(Path(stack.base.path)) if stack.base.kind == "localimage" else None)
+    image = image_file(stack, wanted, images)
+    try:
+        record = json.loads(Path(f"{image}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return image if record.get("identity") == wanted and image.is_file() and image.stat().st_size == record.get("bytes") else None
+
+
+def image_file(stack: Stack, wanted: str, images: Path) -> Path:
+    """Where the image of this identity lies, once it is built."""
+    return images.absolute() / f"{stack.name}-{wanted[:12]}.sif"
 
 
 def _build(command: str, argv: Sequence[str], stack: Stack, wanted: str, part: Path, image: Path, scratch: Path) -> None:

@@ -5,7 +5,7 @@ Everything that is asked of the machine comes as an argument: environment, home,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,9 +54,18 @@ def choose_site(option: str | None, *, environ: Mapping[str, str], config: Loade
     return Chosen("local", "default")
 
 
-def choose_slurm(preset: Loaded[Preset], site: Site, *, environ: Mapping[str, str], config: Loaded[UserConfig] | None) -> dict[str, Chosen]:
+def choose_slurm(
+    preset: Loaded[Preset],
+    site: Site,
+    *,
+    environ: Mapping[str, str],
+    config: Loaded[UserConfig] | None,
+    suits: Sequence[str] = (),
+) -> dict[str, Chosen]:
     """Slurm's options: command line, preset, the user's configuration, ``SBATCH_*`` of the environment, the site; empty without Slurm.
 
+    ``suits``: the partitions that suit the preset's hardware; one alone is taken where nobody names one. What the partition that it came to
+    says of constraint and QoS holds where nobody else says any, before the site's own default.
     Errors: UsageError when a variable of the environment holds what no such option can be.
     """
     if site.scheduler == "none":
@@ -73,9 +82,23 @@ def choose_slurm(preset: Loaded[Preset], site: Site, *, environ: Mapping[str, st
             chosen[key] = Chosen(own, _place(config, f"slurm.{key}"))
         elif environ.get(variable):
             chosen[key] = Chosen(_checked(key, environ[variable], variable), f"${variable}")
+        elif key == "partition" and site.default_partition is None and len(suits) == 1:
+            chosen[key] = Chosen(suits[0], f"site {site.name}: the partition that suits")
+        elif (said := _of_partition(key, site, chosen)) is not None:
+            chosen[key] = Chosen(said, f"site {site.name}, partition {chosen['partition'].value}")
         elif (value := defaults.get(key)) is not None:
             chosen[key] = Chosen(value, f"site {site.name}")
     return chosen
+
+
+def with_partition(chosen: Mapping[str, Chosen], site: Site, partition: str) -> dict[str, str]:
+    """The options as they would be with another partition: what the site says for one partition does not hold for another."""
+    own = f"site {site.name}, partition "
+    kept = {key: one for key, one in chosen.items() if key != "partition" and not one.source.startswith(own)}
+    there = {"partition": Chosen(partition, "")}
+    said = {key: value for key in ("constraint", "qos") if (value := _of_partition(key, site, there)) is not None}
+    default_qos = {} if site.default_qos is None else {"qos": site.default_qos}
+    return {"partition": partition, **default_qos, **said, **{key: one.value for key, one in kept.items()}}
 
 
 def choose_folders(site: Site, *, environ: Mapping[str, str], home: Path, cwd: Path) -> Folders:
@@ -106,6 +129,12 @@ def choose_folders(site: Site, *, environ: Mapping[str, str], home: Path, cwd: P
     cache = _expanded(site.cache, "cache", site, environ, home)
     fallback = cache_home if site.scheduler == "none" else found["data"] / "cache"
     return Folders(found["runs"], found["images"], found["data"], cwd / cache if cache else fallback)
+
+
+def _of_partition(key: str, site: Site, chosen: Mapping[str, Chosen]) -> str | None:
+    partition = site.partitions.get(chosen["partition"].value) if "partition" in chosen else None
+    said = {} if partition is None else {"constraint": partition.constraint, "qos": partition.qos}
+    return said.get(key)
 
 
 def _place(loaded: Loaded[Preset] | Loaded[UserConfig], key: str) -> str:

@@ -151,6 +151,11 @@ def known_presets(*, home: Path | None = None) -> list[Found]:
     return known(_PRESET, home or Path.home(), PROJECT)
 
 
+def known_hardware(*, home: Path | None = None) -> list[str]:
+    """Names of the user's hardware files and of the shipped ones."""
+    return list(dict.fromkeys(found.name for found in known(_HARDWARE, home or Path.home())))
+
+
 def known_stacks(*, home: Path | None = None) -> list[str]:
     """Names of the user's stacks and of the shipped ones."""
     return [found.name for found in known(_STACK, home or Path.home())]

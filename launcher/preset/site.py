@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -28,7 +29,32 @@ class Partition(Frozen):
     max_nodes: Annotated[int, Field(gt=0)] | None = None
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     gpu: Name | None = None
-    """Our name of the GPU kind. This and the rest of a partition are for people to read: nothing depends on them yet."""
+    """Our name of the GPU kind: ``a100-40gb``. A preset for another kind is refused where no ``hardware`` describes this one."""
+    hardware: Name | None = None
+    """``presets/hardware/<name>.yaml``, whose GPU its nodes have: they take the place of the preset's hardware in the plan. What the
+    partition says of a node (GPUs, CPUs, memory, driver) replaces what the file says. Without it ftlaunch never chooses a GPU partition."""
+    cpus_per_node: Annotated[int, Field(gt=0)] | None = None
+    """CPU cores of a node; none: the share of the hardware file's that the GPUs are."""
+    memory_per_node_gib: Annotated[int, Field(gt=0)] | None = None
+    """RAM of a node that jobs can ask for, GiB; none: as for CPUs."""
+    cpus_per_gpu: Annotated[int, Field(gt=0)] | None = None
+    """As the site's, for this partition alone."""
+    memory_per_gpu_gib: Annotated[int, Field(gt=0)] | None = None
+    """As the site's, for this partition alone."""
+    max_memory_per_cpu_mib: Annotated[int, Field(gt=0)] | None = None
+    """Slurm's MaxMemPerCPU, or what the site's own rules allow: more RAM for each CPU that is asked for is refused."""
+    driver: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] | None = None
+    """Version of its nodes' NVIDIA driver."""
+    cuda: Annotated[str, Field(pattern=r"^\d+\.\d+$")] | None = None
+    """CUDA version that the driver announces."""
+    constraint: Word | None = None
+    """Node features that are asked for where the user says none: those of the nodes that ``hardware`` describes."""
+    qos: Name | None = None
+    """Asked for where the user says none; the site's ``default_qos`` else."""
+    test: bool = False
+    """For short tests: a smoke run goes here, a run is never sent here by itself."""
+    cost: Annotated[float, Field(ge=0)] | None = None
+    """What a GPU-hour costs, in the site's ``cost_unit``."""
     preemptible: bool = False
     grace_s: Annotated[int, Field(ge=0)] | None = None
     """Seconds between the notice of a preemption and the kill."""
@@ -38,11 +64,26 @@ class Partition(Frozen):
     """Whether its nodes reach the Internet; none when unknown."""
 
 
+class Qos(Frozen):
+    """What a quality of service changes, whatever the partition."""
+
+    preemptible: bool = False
+    grace_s: Annotated[int, Field(ge=0)] | None = None
+    """As a partition's, as ``preempted_every``."""
+    preempted_every: Duration | None = None
+
+
 class Work(Frozen):
-    """Where building or staging happens. Only ``here`` is built: the planner refuses the others."""
+    """Where building or staging happens, and what a job for it asks for."""
 
     on: Literal["here", "slurm", "elsewhere"] = "here"
+    """here: where the command is typed. slurm: a job, on which the training's job depends. elsewhere: on another machine, by hand."""
     partition: Name | None = None
+    """Default: the training's."""
+    cpus: Annotated[int, Field(gt=0)] = 4
+    memory_gib: Annotated[int, Field(gt=0)] = 16
+    """RAM, GiB."""
+    time: Duration = "2h"
 
 
 class Network(Frozen):
@@ -70,11 +111,18 @@ class Site(Frozen):
     description: Text = ""
     source: Text
     """Where the facts come from, and their date."""
+    sources: dict[Text, Text] = {}
+    """Dotted key → source and date of that fact and of everything below it. A key that is not set may have one: there is none, says it."""
+    unknown: list[Text] = []
+    """Dotted keys that nobody knows yet, or that depend on the user; ``*`` stands for every partition."""
+    closed: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    """The day since which nothing runs there any more."""
     scheduler: Literal["none", "slurm"]
     """none: this machine."""
     container: SiteContainer = SiteContainer()
-    gpu_request: Literal["gres", "gpus_per_node", "gpus", "none"] = "gres"
-    """gres: ``--gres=gpu[:type]:n``."""
+    gpu_request: Literal["gres", "gpus_per_node", "gpus_per_task", "gpus", "none"] = "gres"
+    """gres: ``--gres=gpu[:type]:n``. gpus_per_task: for one task a node, in which all ranks are started. gpus: of the whole job.
+    none: GPUs come with the node."""
     gpu_type: Word | None = None
     """The type in the request; ``none`` here means untyped unless ``gpu_typed``."""
     gpu_typed: bool = False
@@ -87,9 +135,15 @@ class Site(Frozen):
     partitions: dict[Word, Partition] = {}
     default_partition: Word | None = None
     """Written into the batch script when the user names none; none: the scheduler's own default."""
+    partition: Literal["required", "optional"] = "optional"
+    """required: jobs that name none are refused."""
     account: Literal["required", "optional"] = "optional"
     default_account: Name | None = None
     default_qos: Name | None = None
+    qos: dict[Word, Qos] = {}
+    """What is known of the qualities of service that a user may ask for."""
+    cost_unit: Text | None = None
+    """The unit of the partitions' ``cost``: ``SU``."""
     continuation: Literal["requeue", "resubmit", "manual"] = "requeue"
     """After a stop: ``scontrol requeue`` (a follow-up job where it is refused), a follow-up job at once, or nothing."""
     signal: Literal["batch", "steps"] = "batch"
@@ -120,4 +174,24 @@ class Site(Frozen):
     network: Network = Network()
     mirrors: Mirrors = Mirrors()
     submit_limit: Annotated[int, Field(gt=0)] | None = None
-    """Jobs that a user may have in the queue. No effect yet."""
+    """Jobs that a user may have in the queue. For people to read: nothing depends on it yet."""
+
+    def preempting(self, options: Mapping[str, str]) -> Partition | Qos | None:
+        """What lets others preempt a job with these options of Slurm; None where nothing does."""
+        qos, partition = self.qos.get(options.get("qos", "")), self.partitions.get(options.get("partition", ""))
+        return next((one for one in (qos, partition) if one is not None and one.preemptible), None)
+
+    def source_of(self, key: str) -> str | None:
+        """Who says the fact at a dotted key: its own source, else that of the nearest mapping around it."""
+        while key:
+            if key in self.sources:
+                return self.sources[key]
+            key = key.rpartition(".")[0]
+        return None
+
+    def is_unknown(self, key: str) -> bool:
+        """Whether the fact at a dotted key, or a mapping around it, is said to be unknown."""
+        parts = key.split(".")
+        if parts[0] == "partitions" and len(parts) > 2 and ".".join(["partitions", "*", *parts[2:]]) in self.unknown:
+            return True
+        return any(".".join(parts[:length]) in self.unknown for length in range(1, len(parts) + 1))

@@ -35,6 +35,7 @@ class FtlaunchExecutor(SlurmExecutor):
             raise UsageError(f"{self.run.root} is not a run folder", code="no-run", hint="the executor's folder is RUN/submitit")
         core.PicklingExecutor.__init__(self, folder, max_num_timeout=max_num_timeout)
         self.life = self.run.lives_started()
+        self.options: Sequence[str] = ()
 
     @classmethod
     def affinity(cls) -> int:
@@ -76,7 +77,9 @@ class FtlaunchExecutor(SlurmExecutor):
 
     def _submit_command(self, command: str) -> core.Job[Any]:
         script = self.run.job_file(self.life)
-        job_id = sbatch(self.run.record()["tools"]["sbatch"], script, environ=os.environ, extra={SUBMITIT_VARIABLE: "1"})
+        job_id = sbatch(
+            self.run.record()["tools"]["sbatch"], script, environ=os.environ, options=self.options, extra={SUBMITIT_VARIABLE: "1"}
+        )
         job: core.Job[Any] = SlurmJob(folder=self.folder, job_id=job_id, tasks=[0])
         return job
 
@@ -88,10 +91,13 @@ class FtlaunchJobEnvironment(SlurmJobEnvironment):
         """Leave the signals alone: the batch script started us deaf to them, and the supervisor takes them over as its first act."""
 
 
-def submit_run(run: Run, life: int) -> str:
-    """Submit the next life of ``run`` through submitit; returns the job id. Errors: ActionError, Unanswered, MissingError."""
+def submit_run(run: Run, life: int, *, options: Sequence[str] = ()) -> str:
+    """Submit the next life of ``run`` through submitit; returns the job id. ``options``: sbatch's, beside those of the script.
+
+    Errors: ActionError, Unanswered, MissingError.
+    """
     executor = FtlaunchExecutor(run.submitit)
-    executor.life = life
+    executor.life, executor.options = life, options
     return str(executor.submit(live, str(run.root)).job_id)
 
 

@@ -129,6 +129,11 @@ def sbatch(
     raise ActionError(f"sbatch refused {script}: {answer.reason}", code="sbatch-refused")
 
 
+def after_options(jobs: Sequence[str]) -> list[str]:
+    """sbatch's options for a job that waits until ``jobs`` have ended well; it is cancelled where one of them fails."""
+    return [f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"] if jobs else []
+
+
 def _job_name(script: Path) -> str:
     """As the script asks for it, else as Slurm chooses it."""
     named = re.search(r"^#SBATCH --job-name=(.+)$", script.read_text(encoding="utf-8"), re.MULTILINE)

@@ -22,7 +22,17 @@ from launcher.errors import MissingError, UsageError
 from launcher.plan import Container, Staged
 from launcher.stage.child import Where
 from launcher.stage.shelf import make, read_facts
-from launcher.stage.sources import Local, content_sha, find_local, find_model, find_stdlib, leaves, tokenizer_sha
+from launcher.stage.sources import (
+    Local,
+    content_sha,
+    find_local,
+    find_model,
+    find_stdlib,
+    fingerprint,
+    known_sha,
+    leaves,
+    tokenizer_sha,
+)
 
 if TYPE_CHECKING:
     from launcher.preset.schema import Preset
@@ -62,7 +72,37 @@ def stage(
     """
     data = data.resolve()
     data.mkdir(parents=True, exist_ok=True)
-    shop = _Shop(Where(container, python, environ, data, progress), data)
+    return _staged(_Shop(Where(container, python, environ, data, progress), data), preset, stack)
+
+
+def find_staged(
+    preset: Preset, stack: Stack | None, container: Container, data: Path, *, python: str, environ: Mapping[str, str]
+) -> Staged | None:
+    """What ``stage`` would give, where all of it is there already; else None. Makes nothing, reads no data. Errors: UsageError."""
+    data = data.resolve()
+    try:
+        return _staged(_Shop(Where(container, python, environ, data, lambda line: None), data, look_only=True), preset, stack)
+    except _NotThereError:
+        return None
+
+
+def local_fingerprints(preset: Preset) -> dict[str, str]:
+    """``data`` and ``model``, as far as they are local folders or files, each with its fingerprint. Errors: UsageError."""
+    found = {}
+    if preset.data.path not in (None, "stdlib"):
+        assert preset.data.path is not None
+        found["data"] = fingerprint(find_local(Path(preset.data.path).expanduser().resolve(), preset.data.glob))
+    if preset.model.path is not None:
+        found["model"] = fingerprint(find_model(Path(preset.model.path).expanduser().resolve(), "model.path"), key="model.path")
+    return found
+
+
+class _NotThereError(Exception):
+    """Something would have to be made."""
+
+
+def _staged(shop: _Shop, preset: Preset, stack: Stack | None) -> Staged:
+    container, python, environ = shop.where.container, shop.where.python, shop.where.environ
     if preset.data.packing == "documents":
         raise UsageError("packing: documents is not there yet", key="data.packing", hint="flatten, concatenate or none")
     software = _software(stack, container, python, environ)
@@ -119,6 +159,18 @@ class _Shop:
 
     where: Where
     data: Path
+    look_only: bool = False
+    """What is not there is not made: ``_NotThereError``."""
+
+    def sha(self, local: Local, key: str = "data.path") -> str:
+        """Hash of the content of something local."""
+        cache = self.data / "hashes"
+        if not self.look_only:
+            return content_sha(local, cache, key=key)
+        known = known_sha(local, cache, key=key)
+        if known is None:
+            raise _NotThereError(key)
+        return known
 
     def make(
         self,
@@ -140,6 +192,11 @@ class _Shop:
             return {**facts, "key": dict(key)}
 
         folder = self.data / shelf / name
+        if self.look_only:
+            facts = read_facts(folder)
+            if facts is None:
+                raise _NotThereError(name)
+            return folder, facts
         return folder, make(folder, build, self.where.say, resumable=request["task"] == "model" and module == "fetch")
 
     def commit(self, kind: Literal["model", "dataset"], name: str, revision: str) -> str:
@@ -213,7 +270,7 @@ def _texts(shop: _Shop, preset: Preset, container: Container, software: Mapping[
         local, label = find_local(path, data.glob), path.name
         if container.use == "apptainer":
             _refuse_outside(local)
-    sha = content_sha(local, shop.data / "hashes")
+    sha = shop.sha(local)
     return _Texts(asdict(local), sha, "", selection, label)
 
 
@@ -229,7 +286,7 @@ def _model(shop: _Shop, preset: Preset, container: Container, software: Mapping[
         files = find_model(folder, "model.path")
         if container.use == "apptainer":
             _refuse_outside(files, "model.path")
-        return _ModelFolder(folder, tokenizer_sha(folder), sha=content_sha(files, shop.data / "hashes", key="model.path"))
+        return _ModelFolder(folder, tokenizer_sha(folder), sha=shop.sha(files, "model.path"))
     assert model.config is not None, "the schema demands a source"
     request = {"task": "model", "config": model.config, "seed": preset.training.seed, "selection": texts.selection}
     key = {**request, "source": _identity(texts), "software": dict(software)}
@@ -295,4 +352,4 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:64] or "data"
 
 
-__all__ = ["read_facts", "stage"]
+__all__ = ["find_staged", "local_fingerprints", "read_facts", "stage"]

@@ -92,29 +92,54 @@ def split_of(name: str) -> str:
 
 
 def content_sha(local: Local, cache: Path | None = None, *, key: str = "data.path") -> str:
-    """SHA-256 over names (of a folder's files) and contents. ``cache``: a folder that remembers it by paths, sizes and times of change.
+    """SHA-256 over names (of a folder's files) and contents. ``cache``: a folder that remembers it by ``fingerprint``.
 
     Errors: UsageError that names ``key`` when a file cannot be read.
     """
-    root = Path(local.root)
     started = time.time()
+    known = known_sha(local, cache, key=key)
+    if known is not None:
+        return known
+    root, digest, newest = Path(local.root), hashlib.sha256(), 0.0
+    mark = fingerprint(local, key=key)
     try:
-        states = [(root / name).stat() for name in local.files]
-        listing = json.dumps([local.root, *([name, state.st_size, state.st_mtime_ns] for name, state in zip(local.files, states))])
-        known = cache / f"{hashlib.sha256(listing.encode()).hexdigest()}.json" if cache else None
-        if known is not None and known.exists():
-            return str(json.loads(known.read_text())["sha256"])
-        digest = hashlib.sha256()
-        for name, state in zip(local.files, states):
+        for name in local.files:
+            state = (root / name).stat()
+            newest = max(newest, state.st_mtime)
             label = name if len(local.files) > 1 else ""
             digest.update(f"{len(label.encode())}:{label}:{state.st_size}:".encode())
             _digest_file(digest, root / name)
     except OSError as error:
-        raise UsageError(f"cannot be read: {error.strerror}", file=error.filename, key=key, code="unreadable") from None
-    if known is not None and max(state.st_mtime for state in states) < started - RACY_S:
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_json(known, {"sha256": digest.hexdigest(), "root": local.root}, mode=0o644)
+        raise _unreadable(error, key) from None
+    if cache is not None and newest < started - RACY_S:
+        cache.mkdir(parents=True, exist_ok=True)
+        write_json(cache / f"{mark}.json", {"sha256": digest.hexdigest(), "root": local.root}, mode=0o644)
     return digest.hexdigest()
+
+
+def known_sha(local: Local, cache: Path | None, *, key: str = "data.path") -> str | None:
+    """``content_sha`` where it was computed before and no file has changed since; reads no content. Errors: UsageError."""
+    if cache is None:
+        return None
+    try:
+        return str(json.loads((cache / f"{fingerprint(local, key=key)}.json").read_text())["sha256"])
+    except FileNotFoundError:
+        return None
+
+
+def fingerprint(local: Local, *, key: str = "data.path") -> str:
+    """Hash of names, sizes and times of change: what can be known of the content without reading it. Errors: UsageError."""
+    root = Path(local.root)
+    try:
+        states = [(root / name).stat() for name in local.files]
+    except OSError as error:
+        raise _unreadable(error, key) from None
+    listing = [local.root, *([name, state.st_size, state.st_mtime_ns] for name, state in zip(local.files, states))]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def _unreadable(error: OSError, key: str) -> UsageError:
+    return UsageError(f"cannot be read: {error.strerror}", file=error.filename, key=key, code="unreadable")
 
 
 def find_model(folder: Path, key: str) -> Local:
