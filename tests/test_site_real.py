@@ -104,7 +104,7 @@ def test_strict(configuration: Configuration, site: dict[str, Any]) -> None:
 @on("tacc")
 def test_tacc(configuration: Configuration, site: dict[str, Any]) -> None:
     assert facts(site, "gpu_request", "memory", "whole_nodes", "continuation") == ("none", "none", True, "resubmit")
-    assert facts(site, "default_account") == ("TST24001",)
+    assert facts(site, "default_account") == ("tst24001",)
     assert {name: facts(entry, "max_time", "test") for name, entry in site["partitions"].items()} == {
         "gpu-a100": ("48h", None),
         "gpu-a100-dev": ("2h", True),
