@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint golden planner-report sites-report measure-memory hpc-up hpc-down test-source-stack test-image-cuda clean
+.PHONY: demo test lint golden planner-report sites-report bench-cpu bench-gpu measure-memory hpc-up hpc-down test-source-stack test-matrix test-image-cuda clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/ftlaunch submit presets/tiny.yaml --new --follow
@@ -32,6 +32,12 @@ planner-report: $(INSTALLED)  ## docs/planner.md: predicted against measured and
 sites-report: $(INSTALLED)  ## docs/sites.md: what each shipped site is, from its file
 	$(VENV)/bin/python -m benchmarks.sites_report
 
+bench-cpu: $(INSTALLED)  ## docs/benchmarks/cpu.md: against a plain Trainer on this machine's CPU, 10 minutes to an hour
+	$(VENV)/bin/python -m benchmarks.cpu_page
+
+bench-gpu: $(INSTALLED)  ## docs/benchmarks: all GPU tables, on one H200
+	$(VENV)/bin/python -m benchmarks.gpu_tables
+
 measure-memory: $(INSTALLED)  ## peaks of a training step at full size under fake tensors: about an hour on one core
 	$(VENV)/bin/python -m benchmarks.memory_fake
 
@@ -45,6 +51,9 @@ test-source-stack:  ## the training tests on the source's pins: torch 2.3.0, tra
 	$(PYTHON) -m venv $(VENV)-source
 	$(VENV)-source/bin/pip install -q -r tests/train/source-stack.txt
 	PYTHONPATH=. $(VENV)-source/bin/python -m pytest -W default tests/train -m source_stack
+
+test-matrix: $(INSTALLED)  ## every engine on 1, 2 and 4 ranks resumed on every other: docs/benchmarks/elastic-matrix.md, about 10 CPU minutes
+	PYTHONPATH=. $(VENV)/bin/python -m pytest -m matrix tests/train/test_train_elastic_matrix.py
 
 test-image-cuda: $(INSTALLED)  ## build torch2.3-cu121 for real (3.2 GB, about 12 minutes); needs `make hpc-up`
 	$(VENV)/bin/python -m pytest -m image_cuda

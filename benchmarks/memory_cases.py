@@ -43,12 +43,17 @@ class Case:
     """Micro batch of an evaluation after the update; 0: none."""
     layers: int = 0
     """0: all of the model's."""
+    selective: bool = False
+    """Of checkpointing: what is cheap."""
+    cross_entropy: str = "plain"
 
     @property
     def name(self) -> str:
         words = [self.model, f"{self.sequence_length}x{self.micro_batch}", self.attention, self.dtype, self.optimizer]
+        words += ["selective"] * self.selective
         words += ["checkpointing"] * self.checkpointing + ["padded"] * self.padded + [f"steps{self.micro_steps}"]
         words += [f"lora{self.lora_rank}" + "".join(f"-{target}" for target in self.lora_targets)] * (self.lora_rank > 0)
+        words += [self.cross_entropy] * (self.cross_entropy != "plain")
         words += [f"eval{self.evaluation}"] * (self.evaluation > 0) + [f"layers{self.layers}"] * (self.layers > 0)
         return " ".join(words)
 
@@ -86,7 +91,8 @@ def preset_of(case: Case, hardware: str = "h200") -> Preset:
                 "learning_rate": 1e-5,
                 "weight_decay": 0.1,
                 "dtype": case.dtype,
-                "activation_checkpointing": "full" if case.checkpointing else "none",
+                "activation_checkpointing": ("selective" if case.selective else "full") if case.checkpointing else "none",
+                "cross_entropy": case.cross_entropy,
             },
             "attention": case.attention,
             "adapter": adapter,
@@ -167,6 +173,9 @@ QUICK = [
     Case("starcoder2-3b", 1024, 2, layers=2),
     Case("santacoder", 1024, 2, "eager", checkpointing=True, layers=3),
     Case("codellama-7b", 1024, 1, dtype="fp32", optimizer="adafactor", padded=True, layers=2),
+    Case("starcoder2-3b", 2048, 2, checkpointing=True, selective=True, cross_entropy="chunked", layers=4),
+    Case("codellama-7b", 2048, 2, checkpointing=True, selective=True, cross_entropy="chunked", layers=4),
+    Case("santacoder", 2048, 4, cross_entropy="chunked", layers=2),
 ]
 """A few layers of the real widths: seconds each. What the tests measure again."""
 

@@ -14,7 +14,9 @@ from benchmarks.memory_cases import Case, preset_of
 from launcher.preset.model import ModelFacts
 from launcher.supported import LORA_TARGETS
 from launcher.train.batches import MicroBatch
-from launcher.train.engine import Engine
+from launcher.train.cross_entropy import CrossEntropy
+from launcher.train.engine_plain import PlainEngine
+from launcher.train.layers import checkpoint_activations
 from launcher.train.optimizer import build_optimizer
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,8 +26,7 @@ def build_model(case: Case, facts: ModelFacts) -> Any:
     """On torch's default device, with whatever weights that gives; as ``launcher.train.model`` leaves it."""
     model = transformers.AutoModelForCausalLM.from_config(config_of(facts), attn_implementation=case.attention, dtype=torch.float32)
     model.tie_weights()
-    if case.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, preset_of(case).training.activation_checkpointing)
     if case.lora_rank:
         import peft
 
@@ -35,19 +36,20 @@ def build_model(case: Case, facts: ModelFacts) -> Any:
     return model.train()
 
 
-def build_engine(case: Case, model: Any) -> Engine:
+def build_engine(case: Case, model: Any) -> PlainEngine:
     """With autocast as accelerate's ``prepare_model`` wraps it, and what else the engine asks of accelerate."""
     if case.dtype in _DTYPES:
         forward = torch.autocast("cuda", dtype=_DTYPES[case.dtype])(model.forward.__func__)
         model.forward = MethodType(convert_outputs_to_fp32(forward), model)
-    optimizer = build_optimizer(model, preset_of(case).training.model_dump())
+    training = preset_of(case).training.model_dump()
+    optimizer = build_optimizer(model, training)
     for group in optimizer.param_groups:
         if "foreach" in group:
             group["foreach"] = True  # torch's default on a GPU, which it does not take for fake tensors
-    return Engine(_Accelerator(), model, model, optimizer, "additive", 1)
+    return PlainEngine(model, model, optimizer, "additive", CrossEntropy(model, training["cross_entropy"]), 0, 1, _Accelerator())
 
 
-def take_steps(case: Case, engine: Engine, batch: Callable[[int], MicroBatch], phase: Callable[[str], None]) -> None:
+def take_steps(case: Case, engine: PlainEngine, batch: Callable[[int], MicroBatch], phase: Callable[[str], None]) -> None:
     """Two optimizer steps, so that the second meets the optimizer's state. ``phase`` is told what comes next, "" after each pass."""
     for _ in range(2):
         for _ in range(case.micro_steps):

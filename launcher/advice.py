@@ -20,7 +20,7 @@ IN_ANOTHER_STACK = {"parallelism-not-in-stack", "attention-not-in-stack", "atten
 """Errors that a change of the stack may take away."""
 
 SAME_TRAINING = (
-    "model.name", "model.path", "data.name", "data.path", "data.subset", "data.num_samples", "training.sequence_length", "training.epochs",
+    "model.name", "model.path", "data.name", "data.path", "data.subset", "data.sources", "data.format", "data.num_samples", "training.sequence_length", "training.epochs",
     "training.effective_batch", "training.learning_rate", "training.optimizer", "adapter",
 )  # fmt: skip
 """Keys that two presets share when one is a faster way to the training of the other."""
@@ -96,6 +96,8 @@ def _moves(plan: Plan) -> list[Change]:
         moves.append({"data.packing": "flatten"})
     if training["activation_checkpointing"] != "none":
         moves.append({"training.activation_checkpointing": "none", **auto})
+    if training["activation_checkpointing"] == "full":
+        moves.append({"training.activation_checkpointing": "selective", **auto})
     moves += [{"attention": name, **auto} for name in ("sdpa", "flash2", "xformers") if name != plan.attention]
     if plan.layout.gpus_per_node > 1:
         for name in ("ddp", "zero2", "zero3", "fsdp"):

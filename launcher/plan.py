@@ -85,12 +85,13 @@ class Staged:
     """Hash of the data's content; part of the run's identity."""
     model_revision: str = ""
     data_revision: str = ""
-    """Commit on the hub, empty for local folders."""
+    """Commit on the hub, empty for local folders; of several sources those on the hub, with spaces between."""
     model_sha: str = ""
     """Hash of the content of ``model.path``, part of the run's identity; empty for a model that the preset names otherwise."""
     length_bin_tokens: int = 0
     length_counts: list[int] = field(default_factory=list)
-    """Number k: training samples of length_bin_tokens·k + 1 … length_bin_tokens·(k + 1) tokens; empty where they were not counted."""
+    """Number k: training samples (the documents of packed rows) of length_bin_tokens·k + 1 … length_bin_tokens·(k + 1) tokens; empty
+    where they were not counted."""
     cut_share: float = 0.0
     """Share of the training documents' tokens that was cut at the sequence length."""
 
@@ -156,7 +157,7 @@ class Time:
     """Share of the data's tokens that is cut at the sequence length; None before staging."""
     num_checkpoints: int | None = None
     checkpoint_stop_s: float = 0.0
-    """Training waits so long for one checkpoint."""
+    """Writing one checkpoint: training waits so long where it is not asynchronous, and a stop always."""
     best_checkpoint_min: float | None = None
     """Minutes between checkpoints of least expected loss (Daly 2006, from Young 1974) at the preemption rate given; None without one."""
     best_loss_share: float | None = None

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from launcher.errors import Finding
+from launcher.hardware.attention import choose_attention
 from launcher.hardware.cadence import signal_lead_s
 from launcher.hardware.disk import predict_disk
 from launcher.hardware.fits import UNOBSERVED, Observed
@@ -36,10 +37,13 @@ MAX_THREADS = 8
 NOT_IN_IDENTITY = frozenset(
     {
         "name", "description", "site", "hardware", "nodes", "gpus", "ranks_per_node", "cpus_per_node", "memory_per_node_gib",
-        "threads_per_rank", "slurm", "limits", "checkpoint", "training.micro_batch", "evaluation.micro_batch",
+        "threads_per_rank", "slurm", "limits", "checkpoint", "tracking", "training.micro_batch", "evaluation.micro_batch",
     }
 )  # fmt: skip
 """Keys of the preset that do not determine the weights: they may change between the lives of a run."""
+
+EXCHANGEABLE = {"single": "ddp", "fsdp": "ddp"}
+"""Parallelism → the one whose runs it may continue, and which may continue its: the same weights but for rounding."""
 
 NOT_IN_PLAN = {"mirrors", "sources", "unknown", "closed", "cost_unit"}
 """Of a site: of no use to a run, and a pip index may hold a password."""
@@ -67,7 +71,7 @@ def make_plan(
         hardware = hardware.model_copy(update={"driver": observed.driver})
     options = _options(preset, site, slurm)
     partition = site.partitions.get(options.get("partition", ""))
-    layout, attention = _layout(preset, hardware, site, partition), _attention(preset, stack)
+    layout, attention = _layout(preset, hardware, site, partition), choose_attention(preset, hardware, stack, model_facts).kind
     batch = _batch(preset, model_facts, hardware, layout, attention, stack)
     memory = None if model_facts is None else predict_memory(preset, model_facts, hardware, layout, batch, attention, stack)
     disk = None if model_facts is None else predict_disk(preset, model_facts)
@@ -158,11 +162,11 @@ def identity(
     if fingerprints is not None:
         for name, value in fingerprints.items():
             content[f"{name}_fingerprint"] = value
-            content["preset"][name]["path"] = None
+            content["preset"][name] = _without_paths(content["preset"][name])
         staged = None
-    if staged is not None and preset.data.path is not None:
+    if staged is not None and (preset.data.path is not None or preset.data.sources is not None):
         content["data_sha"] = staged.data_sha
-        content["preset"]["data"]["path"] = None
+        content["preset"]["data"] = _without_paths(content["preset"]["data"])
     if staged is not None and staged.model_sha:
         content["model_sha"] = staged.model_sha
         content["preset"]["model"]["path"] = None
@@ -175,6 +179,10 @@ def identity_keys_changed(old: Plan, new: Plan) -> list[str]:
     differ, ``data`` and ``model`` when the content behind a local path does. Empty: ``new`` may continue the run of ``old``.
     """
     before, after = _flat(_determining(old.preset)), _flat(_determining(new.preset))
+    local_data = new.preset["data"]["path"] is not None or new.preset["data"].get("sources") is not None
+    if old.staged is not None and new.staged is not None and local_data:
+        for keys, plan in ((before, old), (after, new)):
+            keys.update(_flat(_without_paths(plan.preset["data"]), "data."))
     changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     if _of_stack(old.stack) != _of_stack(new.stack) and "stack" not in changed:
         changed.append("stack")
@@ -182,15 +190,21 @@ def identity_keys_changed(old: Plan, new: Plan) -> list[str]:
         changed = [key for key in changed if key != "stack.image"]
         if old.container.identity != new.container.identity:
             changed.append("stack")
-    if old.staged is not None and new.staged is not None and new.preset["data"]["path"] is not None:
-        changed = [key for key in changed if key != "data.path"]
-        if old.staged.data_sha != new.staged.data_sha:
-            changed.append("data")
+    if old.staged is not None and new.staged is not None and local_data and old.staged.data_sha != new.staged.data_sha:
+        changed.append("data")
     if old.staged is not None and new.staged is not None and old.staged.model_sha and new.staged.model_sha:
         changed = [key for key in changed if key != "model.path"]
         if old.staged.model_sha != new.staged.model_sha:
             changed.append("model")
     return changed
+
+
+def _without_paths(section: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` or ``model`` of a preset without where things lie, also in its sources."""
+    kept = {**section, "path": None}
+    if section.get("sources") is not None:
+        kept["sources"] = [{**source, "path": None} for source in section["sources"]]
+    return kept
 
 
 def _own_image(plan: Plan) -> bool:
@@ -232,7 +246,7 @@ def num_samples(preset: Preset, staged: Staged | None) -> tuple[int | None, int 
     if staged is not None:
         return staged.train_samples, staged.eval_samples
     documents = preset.data.num_samples
-    if documents is None or preset.data.packing in ("concatenate", "documents"):
+    if documents is None or preset.data.packing in ("concatenate", "documents") or preset.data.long_documents == "split":
         return None, 0 if preset.evaluation.every == "never" else None
     held_out = round(documents * preset.data.eval_share)
     return documents - held_out, held_out or (0 if preset.evaluation.every == "never" else None)
@@ -261,13 +275,6 @@ def _rounded(prediction: T) -> T:
         return float(f"{value:.6g}") if isinstance(value, float) else value
 
     return replace(prediction, **{name: rounded(value) for name, value in vars(prediction).items()})
-
-
-def _attention(preset: Preset, stack: Stack | None) -> str:
-    """``auto`` is sdpa: every family has it, on every GPU and on CPU; eager where a stack is without."""
-    if preset.attention != "auto":
-        return preset.attention
-    return "sdpa" if stack is None or "sdpa" in stack.attention else "eager"
 
 
 def _time_limit_min(site: Site, options: Mapping[str, str], partition: Partition | None) -> int | None:
@@ -299,6 +306,8 @@ def _determining(preset: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         key = f"{prefix}{name}"
         if key not in NOT_IN_IDENTITY:
             kept[name] = _determining(value, f"{key}.") if isinstance(value, Mapping) else value
+    if not prefix and "parallelism" in kept:
+        kept["parallelism"] = EXCHANGEABLE.get(kept["parallelism"], kept["parallelism"])
     return kept
 
 

@@ -15,6 +15,7 @@ from launcher.errors import Finding
 from launcher.plan import Plan
 from launcher.preset.fields import duration_text
 from launcher.preset.schema import Preset
+from launcher.supported import SHARDED
 
 Change = Mapping[str, Any]
 """Dotted key of the preset → new value."""
@@ -162,6 +163,8 @@ def _gpu_memory(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
     if training["cross_entropy"] == "plain":
         exact.append({"training.cross_entropy": "chunked"})
     if training["activation_checkpointing"] == "none":
+        exact.append({"training.activation_checkpointing": "selective"})
+    if training["activation_checkpointing"] != "full":
         exact.append({"training.activation_checkpointing": "full"})
     for change in exact:
         yield change
@@ -169,7 +172,8 @@ def _gpu_memory(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
         yield {**change, **auto}
     shard: list[Change] = []
     if plan.layout.gpus_per_node * plan.layout.nodes > 1:
-        sharded = [name for name in ("zero1", "zero2", "fsdp", "zero3") if name != preset["parallelism"]]
+        kinds = ("fsdp",) if training["optimizer"] == "adafactor" else ("zero1", "zero2", "fsdp", "zero3")
+        sharded = [name for name in kinds if name != preset["parallelism"]]
         shard = [{"parallelism": name, "ranks_per_node": None} for name in sharded]
     full: Change = {"training.activation_checkpointing": "full"}
     for change in shard:
@@ -177,12 +181,13 @@ def _gpu_memory(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
         yield {**change, **auto}
         yield {**change, **full, **auto}
     if preset["parallelism"] in ("zero3", "fsdp") or shard:
-        kind = preset["parallelism"] if preset["parallelism"] in ("zero3", "fsdp") else "zero3"
-        yield {"parallelism": kind, "offload": "optimizer", **full, **auto}
+        kind = preset["parallelism"] if preset["parallelism"] in ("zero3", "fsdp") else _whole_shards(preset)
+        if kind == "zero3":
+            yield {"parallelism": kind, "offload": "optimizer", **full, **auto}
         yield {"parallelism": kind, "offload": "all", **full, **auto}
     for gpus in range(plan.layout.gpus_per_node + 1, int(plan.hardware["gpus"]) + 1):
         yield {"gpus": gpus, **auto}
-        for change in shard or [{"parallelism": "zero3"}]:
+        for change in shard or [{"parallelism": _whole_shards(preset)}]:
             yield {"gpus": gpus, **change, **full, **auto}
     if preset["parallelism"] in ("zero1", "zero2", "zero3", "fsdp"):
         partition = plan.site["partitions"].get(plan.slurm.get("partition", ""), {})
@@ -224,11 +229,34 @@ def _attention(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
 
 
 def _dtype(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
-    yield from ({"training.dtype": name} for name in ("bf16", "fp16", "fp32") if name != plan.preset["training"]["dtype"])
+    names = ("bf16", "fp32") if plan.preset["parallelism"] in SHARDED else ("bf16", "fp16", "fp32")  # shards have no loss scaling
+    yield from ({"training.dtype": name} for name in names if name != plan.preset["training"]["dtype"])
 
 
 def _stack(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
     yield from ({"stack": name} for name in stacks if name != plan.preset["stack"])
+
+
+def _cross_entropy(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
+    yield from ({"training.cross_entropy": name} for name in ("chunked", "plain"))
+
+
+def _compile(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
+    yield {"training.compile": "none"}
+
+
+def _checkpointing(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
+    yield {"training.activation_checkpointing": "full"}
+    yield from _stack(plan, stacks)
+
+
+def _optimizer(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
+    yield {"training.optimizer": "adamw"}
+
+
+def _whole_shards(preset: Mapping[str, Any]) -> str:
+    """What shards weights, gradients and optimizer state with this preset's optimizer."""
+    return "fsdp" if preset["training"]["optimizer"] == "adafactor" else "zero3"
 
 
 def _parallelism(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
@@ -245,7 +273,7 @@ def _gpus(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
     yield from ({"gpus": gpus} for gpus in range(plan.layout.gpus_per_node - 1, -1, -1))
     if plan.preset["parallelism"] == "device_map":  # one process cannot span nodes: the shards of many can
         for gpus in range(plan.layout.gpus_per_node - 1, 0, -1):
-            sharded: Change = {"parallelism": "zero3", "ranks_per_node": None, "training.micro_batch": "auto"}
+            sharded: Change = {"parallelism": _whole_shards(plan.preset), "ranks_per_node": None, "training.micro_batch": "auto"}
             yield {"gpus": gpus, "nodes": -(-total // gpus), **sharded}
 
 
@@ -273,6 +301,15 @@ def _node_memory(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
     yield {"memory_per_node_gib": plan.hardware["memory_gib"]}
 
 
+def _sharding(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
+    yield {"parallelism": "fsdp"}
+    yield {"training.optimizer": "adamw"}
+
+
+def _offload(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
+    yield from ({"offload": name} for name in ("all", "optimizer", "none") if name != plan.preset["offload"])
+
+
 def _memory_of_cpus(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
     most = plan.site["partitions"][plan.slurm["partition"]]["max_memory_per_cpu_mib"]
     yield {"cpus_per_node": -(-1024 * plan.layout.memory_per_node_gib // most)}
@@ -286,7 +323,19 @@ _CANDIDATES: Mapping[str, Callable[[Plan, Sequence[str]], Iterator[Change]]] = {
     "attention-not-on-gpu": _attention,
     "attention-needs-half": _attention,
     "attention-not-in-stack": _attention,
+    "attention-head": _attention,
+    "attention-not-in-model": _attention,
+    "attention-not-split": _attention,
+    "attention-without-borders": _attention,
     "dtype-not-on-gpu": _dtype,
+    "dtype-not-sharded": _dtype,
+    "cross-entropy-not-on-gpu": _cross_entropy,
+    "compile-not-in-stack": _compile,
+    "compile-not-with": _compile,
+    "checkpointing-not-in-stack": _checkpointing,
+    "optimizer-not-in-stack": _optimizer,
+    "optimizer-not-sharded": _sharding,
+    "offload-not-sharded": _offload,
     "stack-without-cuda": _stack,
     "gpu-older-than-stack": _stack,
     "driver-too-old": _stack,

@@ -30,7 +30,7 @@ def render(plan: Plan, run: Run, *, python: str, definition: str | None = None, 
     if definition is not None:
         files["image.def"] = definition
     if plan.preset["parallelism"].startswith("zero"):
-        files["ds_config.json"] = _deepspeed(plan)
+        files["ds_config.json"] = deepspeed_config(plan)
     return files
 
 
@@ -49,6 +49,23 @@ def job_script(plan: Plan, run: Run, *, python: str, template: Path | None = Non
         directives=directives(plan, run),
         modules=[*site["modules"], *([container_module] if container_module else [])],
         plan=to_json(plan),
+    )
+
+
+def deepspeed_config(plan: Plan) -> str:
+    """DeepSpeed is told the micro batch and the accumulation and must not rescale. It writes none of its checkpoints."""
+    training, on_gpu = plan.preset["training"], plan.layout.gpus_per_node > 0
+    return render_template(
+        "deepspeed/zero.json.j2",
+        micro_batch=plan.batch.micro_batch,
+        micro_steps=plan.batch.micro_steps,
+        max_grad_norm=json.dumps(training["max_grad_norm"]),
+        bf16=json.dumps(training["dtype"].startswith("bf16")),
+        fp16=json.dumps(training["dtype"] == "fp16"),
+        stage=plan.preset["parallelism"][-1],
+        offload=plan.preset["offload"],
+        pinned=json.dumps(on_gpu),
+        overlapped=json.dumps(on_gpu),
     )
 
 
@@ -114,17 +131,3 @@ def _gpus(plan: Plan) -> list[Directive]:
     if count and form == "gpus":
         asked.append(("gpus", f"{prefix}{count * layout.nodes}"))
     return asked
-
-
-def _deepspeed(plan: Plan) -> str:
-    """DeepSpeed is told the micro batch and the accumulation and must not rescale."""
-    training = plan.preset["training"]
-    return render_template(
-        "deepspeed/zero.json.j2",
-        micro_batch=plan.batch.micro_batch,
-        micro_steps=plan.batch.micro_steps,
-        max_grad_norm=json.dumps(training["max_grad_norm"]),
-        bf16=json.dumps(training["dtype"].startswith("bf16")),
-        fp16=json.dumps(training["dtype"] == "fp16"),
-        stage=plan.preset["parallelism"][-1],
-    )

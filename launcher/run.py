@@ -101,6 +101,10 @@ class Run:
                 return changed
         return self.root / "job.sbatch"
 
+    def deepspeed_file(self, life: int = 0) -> Path:
+        """DeepSpeed's configuration, beside the plan that ``life`` goes by."""
+        return self.plan_file(life).with_name("ds_config.json")
+
     def rank_log(self, life: int, rank: int | str) -> Path:
         return self.life(life) / f"rank-{rank}.log"
 

@@ -83,6 +83,11 @@ def resume(
         if plan is not None:
             _put_back_on_error(folder / "plan.json", undo)
             write_plan(plan, folder / "plan.json")
+            if plan.preset["parallelism"].startswith("zero"):
+                from launcher.render import deepspeed_config  # jinja2 only where it is needed
+
+                _put_back_on_error(folder / "ds_config.json", undo)
+                write_text(folder / "ds_config.json", deepspeed_config(plan))
         if job_script is not None:
             _put_back_on_error(folder / "job.sbatch", undo)
             write_text(folder / "job.sbatch", job_script)

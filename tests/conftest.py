@@ -146,7 +146,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if reason and item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.skip(reason=f"{reason}; bring it up with: tests/hpc/up"))
-        for marker, command in (("source_stack", "make test-source-stack"), ("image_cuda", "make test-image-cuda")):
+        made_by = {"source_stack": "make test-source-stack", "image_cuda": "make test-image-cuda", "matrix": "make test-matrix"}
+        for marker, command in made_by.items():
             if item.get_closest_marker(marker) and marker not in asked:
                 item.add_marker(pytest.mark.skip(reason=f"runs by: {command}"))
 

@@ -14,7 +14,7 @@ from launcher.preset.site import Site
 from launcher.preset.stack import Stack
 
 FACTS = ModelFacts(
-    architecture="llama", parameters=1000, layers=2, hidden=8, heads=2, kv_heads=2, intermediate=16, vocab=32, context=4096, tied=False,
+    architecture="llama", parameters=1000, layers=2, hidden=32, heads=2, kv_heads=2, intermediate=16, vocab=32, context=4096, tied=False,
     linear_layers=["q_proj", "v_proj"],
 )  # fmt: skip
 
@@ -48,7 +48,8 @@ def site(**changes: Any) -> Site:
 def stack(**changes: Any) -> Stack:
     value = {
         "name": "s", "base": {"kind": "debootstrap", "suite": "bookworm"}, "python": "3.11", "cuda": "12.8",
-        "packages": {"torch": "2.10.0", "transformers": "5.23.0"}, "attention": ["eager", "sdpa", "xformers"],
+        "packages": {"torch": "2.10.0", "transformers": "5.23.0", "deepspeed": "0.19.8", "peft": "0.21.2"},
+        "attention": ["eager", "sdpa", "xformers"],
         "parallelism": ["single", "ddp", "device_map", "zero3"],
     }  # fmt: skip
     return Stack.model_validate({**value, **changes})

@@ -34,13 +34,13 @@ def test_the_table() -> None:
     assert re.split("  +", lines[1]) == ["site", "partition", "runs", "step", "total", "lives", "GPU-hours", "cost"]
     rows = {line.split()[0]: re.split("  +", line) for line in lines[2:6]}
     assert rows["delftblue"][1:3] == ["gpu-a100", "changed"] and rows["delftblue"][-1] == "–"
-    assert rows["iris"][1:3] == ["gpu", "variant"] and rows["iris"][-1].endswith(" SU")
-    assert rows["lonestar6"][1:3] == ["gpu-a100", "variant"]
+    assert rows["iris"][1:3] == ["gpu", "no"]  # V100 have no bf16, shards no fp16: another dtype and more nodes at once are not tried
+    assert rows["lonestar6"][1:3] == ["gpu-h100", "variant"]
     assert rows["local"][2] == "as it is"
     assert max(map(len, lines[1:6])) <= 80
     told = lines.index("delftblue: 6 GPUs, but a node of delftblue-gpu-a100 has 4")
     assert lines[told + 1] == "  → ftlaunch check starcoder2-15b --gpus 4 --time 48h --site delftblue"
-    assert "iris: not executed yet, submit refuses: zero3" in lines
+    assert "  → nothing that trains the same was found to pass" in lines
 
 
 def test_one_document() -> None:
@@ -87,8 +87,15 @@ def test_whole_nodes_are_paid() -> None:
     assert row.cost == pytest.approx(plan.time.gpu_hours * 3 / 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("site", ["delftblue", "iris", "lonestar6", "mahti"])
-@pytest.mark.parametrize("name", ["starcoder2-15b", "starcoder2-7b-fast", "codellama-7b-flash"])
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        (name, site)
+        for name in ("starcoder2-15b", "starcoder2-7b-fast", "codellama-7b-flash")
+        for site in ("delftblue", "iris", "lonestar6", "mahti")
+        if (name, site) != ("starcoder2-15b", "iris")  # see test_the_table
+    ],
+)
 def test_what_would_run_passes(name: str, site: str) -> None:
     (row,) = compare([name], [site], Wish(""))
     assert row.way is not None

@@ -14,7 +14,7 @@ from tests.plans import FACTS, plan_of, preset
     [
         ({"training": {"optimizer": "adamw"}}, 12),
         ({"training": {"optimizer": "adamw_8bit"}}, 6),
-        ({"training": {"optimizer": "adamw", "dtype": "bf16_pure"}}, 10),
+        ({"training": {"optimizer": "adamw", "dtype": "bf16_pure"}}, 6),
         ({"training": {"optimizer": "adafactor"}, "parallelism": "zero3"}, 8),
     ],
     ids=["adamw", "adamw-8bit", "bf16-pure", "adafactor-zero"],

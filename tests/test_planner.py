@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from launcher.plan import Container, Staged, from_json, to_json
-from launcher.planner import identity_keys_changed, summary
+from launcher.plan import Container, Plan, Staged, from_json, to_json
+from launcher.planner import identity, identity_keys_changed, summary
 from launcher.preset.schema import Preset
 from launcher.preset.site import Site
 from tests.plans import STAGED, plan_of, preset, site, stack
@@ -136,6 +136,24 @@ def test_identity_stays(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("before", "after", "changed"),
+    [
+        ("ddp", "fsdp", []),
+        ("fsdp", "ddp", []),
+        ("zero2", "zero2", []),
+        ("ddp", "zero2", ["parallelism"]),
+        ("zero3", "fsdp", ["parallelism"]),
+        ("zero2", "zero3", ["parallelism"]),
+    ],
+    ids=str,
+)
+def test_which_engine_may_continue_which(before: str, after: str, changed: list[str]) -> None:
+    old, new = (plan_of(preset(parallelism=kind, gpus=gpus))[0] for kind, gpus in ((before, 2), (after, 4)))
+    assert identity_keys_changed(old, new) == changed
+    assert (old.identity == new.identity) is (not changed)
+
+
+@pytest.mark.parametrize(
     ("changes", "keys"),
     [
         ({"training": {"learning_rate": 1e-5}}, ["training.learning_rate"]),
@@ -168,6 +186,24 @@ def test_identity_follows_the_content_of_local_data_and_not_its_path() -> None:
     assert (moved.identity == old.identity, identity_keys_changed(old, moved)) == (True, [])
     assert (changed.identity == old.identity, identity_keys_changed(old, changed)) == (False, ["data"])
     assert plan_of(staged=STAGED)[0].identity == plan_of(staged=other)[0].identity, "data on the hub is known by its revision"
+
+
+def test_identity_of_a_mixture_follows_contents_revisions_and_weights() -> None:
+    def planned(path: str = "/a/x.jsonl", revision: str = "v1", weight: float = 0.3, sha: str = "abc", **more: Any) -> Plan:
+        sources = [{"path": path, "weight": 0.7}, {"name": "o/b", "revision": revision, "weight": weight}]
+        wish = preset(data={"sources": sources, **more})
+        return plan_of(wish, staged=Staged(**{**vars(STAGED), "data_sha": sha}))[0]
+
+    old, moved = planned(), planned("/b/x.jsonl")
+    assert (moved.identity == old.identity, identity_keys_changed(old, moved)) == (True, [])
+    assert identity_keys_changed(old, planned(sha="def")) == ["data"]
+    for changed in (planned(revision="v2"), planned(weight=0.4)):
+        assert identity_keys_changed(old, changed) == ["data.sources"]
+    others = [planned(sha="def"), planned(revision="v2"), planned(weight=0.4), planned(format="fim"), planned(long_documents="split")]
+    assert len({plan.identity for plan in (old, *others)}) == 6
+    wish = preset(data={"sources": [{"path": "/a"}]})
+    marks = [identity(wish, None, Container("none"), None, {"data": mark}) for mark in ("1", "2")]
+    assert marks[0] != marks[1], "where a job stages, fingerprints stand for the contents"
 
 
 def test_identity_follows_the_content_of_a_local_model_and_not_its_path() -> None:
@@ -217,6 +253,7 @@ def test_memory_and_time_are_not_guessed() -> None:
     plan, findings = plan_of(model_facts=None)
     assert (plan.memory, plan.time, plan.disk) == (None, None, None)
     assert [(finding.level, finding.code) for finding in findings] == [
+        ("advice", "attention-chosen"),
         ("advice", "not-executed-here"),
         ("advice", "model-facts-unknown"),
     ]

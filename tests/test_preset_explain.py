@@ -82,7 +82,7 @@ def test_where_the_value_comes_from(tmp_path: Path, key: str, value: object, sou
             "GiB",
             "the hardware's share that the GPUs stand for",
         ),
-        ("adapter", "none or a mapping with kind, rank, alpha, dropout, targets", None, "none"),
+        ("adapter", "none or a mapping with kind, rank, alpha, dropout, targets, modules_to_save", None, "none"),
         ("adapter.targets", "a list", None, "none"),
         ("model.config.hidden_size", "a mapping", None, "none"),
         ("limits", "a mapping with max_lives, max_gpu_hours", None, "those of its keys"),

@@ -133,6 +133,18 @@ def test_deepspeed_is_told_no_more_than_the_plan(parallelism: str, dtype: str) -
     assert "train_batch_size" not in told and "optimizer" not in told and "scheduler" not in told
 
 
+@pytest.mark.parametrize(
+    ("offload", "moved"),
+    [("none", set()), ("optimizer", {"offload_optimizer"}), ("all", {"offload_optimizer", "offload_param"})],
+    ids=str,
+)
+def test_deepspeed_is_told_what_to_offload(offload: str, moved: set[str]) -> None:
+    plan = toy_plan(preset={"parallelism": "zero3", "offload": offload})
+    told = json.loads(render(plan, RUN, python="python")["ds_config.json"])["zero_optimization"]
+    assert {name for name in told if name.startswith("offload")} == moved
+    assert all(told[name] == {"device": "cpu", "pin_memory": False} for name in moved)
+
+
 def test_own_template_takes_the_place(tmp_path: Path) -> None:
     own = tmp_path / "mine.j2"
     own.write_text("#!/bin/bash\n{{ plan.identity | sh }} {{ run | sh }}\n")

@@ -65,6 +65,15 @@ def test_resume_with_changed_plan_and_current_code(trained: Run) -> None:
     assert len(trained.events("resumed")[0]["code"]) == 64
 
 
+def test_resume_renders_deepspeeds_configuration_beside_its_plan(trained: Run) -> None:
+    before = trained.plan()
+    batch = dataclasses.replace(before.batch, micro_batch=1, micro_steps=2)
+    resume(trained, plan=dataclasses.replace(before, preset={**before.preset, "parallelism": "zero2"}, batch=batch))
+    assert trained.deepspeed_file(0) == trained.life(0) / "ds_config.json"
+    told = json.loads(trained.deepspeed_file(0).read_text())
+    assert (told["gradient_accumulation_steps"], told["zero_optimization"]["stage"]) == (2, 2)
+
+
 def test_resume_refuses_another_identity(trained: Run) -> None:
     with pytest.raises(UsageError, match="determines the weights"):
         resume(trained, plan=dataclasses.replace(trained.plan(), identity="f" * 64))

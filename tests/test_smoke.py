@@ -47,6 +47,8 @@ def test_settings_keep_what_is_tried_and_shorten_the_rest() -> None:
     plan = plan_of(preset(gpus=4, training={"effective_batch": 256, "micro_batch": 2}))[0]
     settings = dict(setting.split("=") for setting in smoke_settings(plan))
     assert (settings["training.effective_batch"], settings["data.num_samples"]) == ("8", str(8 * STEPS + 1))
+    packed = plan_of(preset(gpus=4, data={"name": "a/c", "packing": "documents"}, training={"effective_batch": 256, "micro_batch": 2}))[0]
+    assert f"data.num_samples={8 * STEPS * 4 + 1}" in smoke_settings(packed), "rows of 1024 tokens"
     assert not settings.keys() & {"training.micro_batch", "training.dtype", "attention", "parallelism", "gpus", "nodes"}
 
 

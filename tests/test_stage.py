@@ -17,7 +17,7 @@ from launcher.errors import ActionError, MissingError, UsageError
 from launcher.plan import Container, Staged
 from launcher.preset.schema import Preset
 from launcher.preset.stack import Stack
-from launcher.stage import stage
+from launcher.stage import find_staged, local_fingerprints, stage
 from launcher.stage.child import Where
 from tests.stage.hub import COMMIT, Repositories, hub
 
@@ -67,6 +67,11 @@ def run(data: Path, told: list[str], /, *, environ: dict[str, str] | None = None
         environ={**os.environ, **(environ or {})},
         progress=told.append,
     )
+
+
+def find(data: Path, /, **changes: Any) -> Staged | None:
+    container = Container("none")
+    return find_staged(preset_of(changes), Stack.model_validate(STACK), container, data, python=sys.executable, environ=dict(os.environ))
 
 
 @pytest.fixture(scope="session")
@@ -129,6 +134,37 @@ def test_the_key_holds_what_determines_the_samples(tiny: Staged, shelf: Path) ->
     assert told == []
 
 
+def test_a_mixture_is_packed_staged_and_found_again(tiny: Staged, tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    code = jsonl(tmp_path / "code.jsonl", [f"value = {number}\n" * (number % 5 + 1) for number in range(60)])
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps({"prompt": f"{number}: ", "completion": "x"}) + "\n" for number in range(60)))
+    for file in (code, tasks, *Path(tiny.model).iterdir()):
+        os.utime(file, (1, 1))  # what changed a moment ago is hashed again
+    sources = [{"path": str(code), "weight": 3}, {"path": str(tasks), "format": "prompt_completion"}]
+    data = {"path": None, "sources": sources, "packing": "documents", "num_samples": 60, "eval_share": 0.1}
+    changes: dict[str, Any] = {"model": {"path": tiny.model}, "data": data}
+    told: list[str] = []
+    staged = run(tmp_path / "shelf", told, **changes)
+    facts = json.loads(Path(staged.data, "facts.json").read_text())
+    assert [(source["label"], source["train"], source["held_out"]) for source in facts["sources"]] == [
+        ("code.jsonl", 41, 5),
+        ("tasks.jsonl", 13, 1),
+    ]
+    assert "code.jsonl: 41 of 54 training documents (75.9%), from 60" in told
+    train = load_from_disk(f"{staged.data}/train")
+    assert sum(map(len, train["lengths"])) == 54 == sum(staged.length_counts)
+    assert [sum(lengths) for lengths in train["lengths"]] == [len(ids) for ids in train["input_ids"]]
+    assert facts["fill_share"] == sum(map(len, train["input_ids"])) / (64 * len(train)) > 0.8
+    assert find(tmp_path / "shelf", **changes) == staged
+    sources[1]["weight"] = 2
+    assert find(tmp_path / "shelf", **changes) is None, "another weight is other data"
+    fingerprints = local_fingerprints(preset_of(changes))
+    tasks.write_text(tasks.read_text().replace('"x"', '"y"'))
+    assert local_fingerprints(preset_of(changes)) != fingerprints
+
+
 def test_a_changed_file_is_another_data_set(tiny: Staged, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", [f"value = {number}\n" for number in range(12)])
     changes = {"model": {"path": tiny.model}, "data": {"path": str(path)}, "evaluation": {"every": "never"}}
@@ -146,7 +182,6 @@ def test_a_changed_file_is_another_data_set(tiny: Staged, tmp_path: Path) -> Non
     ("changes", "key", "message"),
     [
         pytest.param({"training": {"effective_batch": 37}}, "training.effective_batch", "37 is more than the 36 training", id="batch"),
-        pytest.param({"data": {"packing": "documents"}}, "data.packing", "not there yet", id="packing"),
         pytest.param({"data": {"path": "nowhere.jsonl"}}, "data.path", "does not exist", id="no file"),
         pytest.param({"model": {"path": "nowhere"}}, "model.path", "it is not a folder", id="no model"),
     ],
@@ -211,14 +246,14 @@ def test_a_staging_process_that_dies_without_a_word(tmp_path: Path) -> None:
     python.chmod(0o755)
     where = Where(Container("none"), str(python), {}, tmp_path, lambda line: None)
     with pytest.raises(ActionError, match=r"x\.log: staging was killed by signal 9 .*memory") as caught:
-        where.run("prepare", {}, scratch=tmp_path / "scratch", log=tmp_path / "x.log")
+        where.run("stage.prepare", {}, scratch=tmp_path / "scratch", log=tmp_path / "x.log")
     assert caught.value.exit_code == 5
 
 
 def test_an_unexpected_error_has_its_traceback_in_the_log_only(tmp_path: Path) -> None:
     where = Where(Container("none"), sys.executable, dict(os.environ), tmp_path, lambda line: None)
     with pytest.raises(ActionError, match=r"x\.log: staging failed: KeyError: 'task' \(this log says more\)") as caught:
-        where.run("prepare", {}, scratch=tmp_path / "scratch", log=tmp_path / "x.log")
+        where.run("stage.prepare", {}, scratch=tmp_path / "scratch", log=tmp_path / "x.log")
     assert len(str(caught.value).splitlines()) == 1
     assert "Traceback" in (tmp_path / "x.log").read_text()
 
@@ -242,14 +277,14 @@ def test_the_command_in_a_container(tmp_path: Path) -> None:
     container = Container("apptainer", image="/images/x.sif", command="/usr/bin/apptainer")
     environ = {"HUGGING_FACE_HUB_TOKEN": "hf_canary", "LD_LIBRARY_PATH": "/host", "PYTHONPATH": "/host"}
     where = Where(container, "python", environ, Path("/data"), lambda line: None)
-    argv, inherited = where._command("fetch", Path("/data/r.json"), Path("/data/s"), [Path("/my data")])
+    argv, inherited = where._command("stage.fetch", Path("/data/r.json"), Path("/data/s"), [Path("/my data")])
     assert argv[:2] == ["/usr/bin/apptainer", "exec"]
     assert argv[-4:] == ["python3", "-m", "launcher.stage.fetch", "/data/r.json"]
     assert {"type=bind,source=/data,destination=/data", "type=bind,source=/my data,destination=/my data,ro"} <= set(argv)
     assert "PYTHONPATH=/opt/ftlaunch" in argv
     assert not [argument for argument in argv if "canary" in argument]
     assert inherited == {"HF_TOKEN": "hf_canary"}
-    argv, inherited = where._command("prepare", Path("/data/r.json"), Path("/data/s"), [])
+    argv, inherited = where._command("stage.prepare", Path("/data/r.json"), Path("/data/s"), [])
     assert "HF_HUB_OFFLINE=1" in argv
     assert inherited == {}
 
@@ -264,7 +299,9 @@ def repositories(tiny: Staged) -> Repositories:
     card = "---\nconfigs:\n- config_name: 20k\n  data_files:\n" + "".join(
         f"  - split: {split}\n    path: {split}.jsonl\n" for split in ("train", "valid")
     )
+    tasks = "".join(json.dumps({"q": f"{number}: ", "a": "x"}) + "\n" for number in range(12)).encode()
     return {
+        "datasets/some/tasks": {"train.jsonl": tasks},
         "models/some/model": {**model, "pytorch_model.bin": b"a pickle", "onnx/model.safetensors": b"another format"},
         "datasets/some/data": {**records, "README.md": f"{card}---\n".encode()},
     }
@@ -313,6 +350,19 @@ def test_what_the_hub_does_not_have(served: tuple[str, list[str]], tmp_path: Pat
         run(tmp_path, [], environ={"HF_ENDPOINT": served[0]}, **{**HUB_CHANGES, **changes})
     assert caught.value.findings[0].key == key
     assert not [name for room in ("models", "raw", "datasets") for name in names(tmp_path / room) if name.startswith(".tmp-")]
+
+
+def test_a_mixture_with_a_source_on_the_hub(served: tuple[str, list[str]], tiny: Staged, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "d.jsonl", [f"value = {number}\n" for number in range(20)])
+    columns = {"format": "prompt_completion", "prompt_column": "q", "completion_column": "a"}
+    sources: list[dict[str, Any]] = [{"path": str(path), "weight": 2}, {"name": "some/tasks", **columns}]
+    changes: dict[str, Any] = {"model": {"path": tiny.model}, "data": {"path": None, "sources": sources}, "evaluation": {"every": "never"}}
+    staged = run(tmp_path / "shelf", [], environ={"HF_ENDPOINT": served[0]}, **changes)
+    assert (staged.train_samples, staged.data_revision) == (30, COMMIT)
+    assert staged.data_sha not in ("", COMMIT)
+    sources[1]["completion_column"] = "b"
+    with pytest.raises(UsageError, match=r"some/tasks: data\.completion_column: no column 'b'; there are: a, q"):
+        run(tmp_path / "shelf", [], environ={"HF_ENDPOINT": served[0]}, **changes)
 
 
 def test_without_a_network_it_is_said_what_to_do(tmp_path: Path) -> None:

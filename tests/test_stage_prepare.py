@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launcher.errors import UsageError
-from launcher.stage.documents import Selection, read_documents, texts
+from launcher.stage.documents import Selection, Source, Split, read_documents
+from launcher.stage.formats import COLUMNS
 from launcher.stage.samples import Tally, concatenate, cut
 from launcher.stage.sources import find_local
+from launcher.stage.tokens import Tokens
 
 pytestmark = pytest.mark.train
 
@@ -34,18 +37,18 @@ def prepared(tmp_path: Path, tokenizer: Path) -> Callable[..., tuple[dict[str, A
     def run(path: Path, **changes: Any) -> tuple[dict[str, Any], Path]:
         from launcher.stage.prepare import prepare
 
-        selection = {"text_column": "content", "num_samples": None, "seed": 7, "eval_share": 0.0, "split": "valid"}
+        selection = {"num_samples": None, "seed": 7, "eval_share": 0.0, "split": "valid"}
         selection.update({name: changes.pop(name) for name in list(changes) if name in selection})
-        local = find_local(path, "**/*.py")
         request: dict[str, Any] = {
             "task": "data",
-            "source": {"kind": local.kind, "root": local.root, "files": list(local.files)},
+            "sources": [{**asdict(source_of(path, changes.pop("format", "text"))), "sha": None}],
             "selection": selection,
             "packing": "none",
             "sequence_length": LENGTH,
+            "long_documents": "cut",
             "append_eos": True,
+            "fim": {"rate": 0.5, "spm_rate": 0.5},
             "needs_eval": False,
-            "data_sha": None,
             "tokenizer": str(tokenizer),
             "folder": str(tmp_path / "out"),
             "scratch": str(tmp_path / "scratch"),
@@ -54,6 +57,12 @@ def prepared(tmp_path: Path, tokenizer: Path) -> Callable[..., tuple[dict[str, A
         return prepare({**request, **changes}, lambda line: None), tmp_path / "out"
 
     return run
+
+
+def source_of(path: Path, format: str = "text", weight: float = 1.0, key: str = "data", column: str = "content") -> Source:
+    local = find_local(path, "**/*.py")
+    columns = {"text": column} if format in ("text", "fim") else {name: name for name in COLUMNS[format]}
+    return Source({"kind": local.kind, "root": local.root, "files": list(local.files)}, format, columns, weight, path.name, key)
 
 
 def jsonl(path: Path, contents: list[Any], column: str = "content") -> Path:
@@ -120,7 +129,7 @@ def test_concatenate_gives_exact_blocks_of_one_stream(prepared: Any, tmp_path: P
 def test_concatenate_keeps_every_token_but_the_remainder(lengths: list[int]) -> None:
     documents = [[10 * number + 1] * length for number, length in enumerate(lengths)]
     tally = Tally()
-    blocks = list(concatenate(documents, 4, EOS, tally))
+    blocks = [block.ids for block in concatenate(map(Tokens, documents), 4, EOS, tally)]
     stream = [token for document in documents for token in [*document, EOS]]
     assert [token for block in blocks for token in block] == stream[: len(stream) // 4 * 4]
     assert tally.remainder_tokens == len(stream) % 4
@@ -134,19 +143,20 @@ def test_concatenate_keeps_every_token_but_the_remainder(lengths: list[int]) -> 
 )
 def test_cut(length: int, sample: list[int], cut_tokens: int) -> None:
     tally = Tally()
-    assert list(cut([[1] * length], 4, EOS, tally)) == [sample]
+    assert [found.ids for found in cut([Tokens([1] * length, end=EOS)], 4, tally)] == [sample]
     assert tally.cut_tokens == cut_tokens
 
 
-def contents_of(path: Path, tmp_path: Path, **changes: Any) -> tuple[list[str], list[str], Any]:
-    local = find_local(path, "**/*.py")
-    selection = Selection(**{"text_column": "content", "num_samples": None, "seed": 1, "eval_share": 0.0, "split": "valid", **changes})
+def contents_of(path: Path, tmp_path: Path, column: str = "content", **changes: Any) -> tuple[list[str], list[str], Any]:
+    selection = Selection(**{"num_samples": None, "seed": 1, "eval_share": 0.0, "split": "valid", **changes})
     scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
-    found = read_documents({"kind": local.kind, "root": local.root, "files": list(local.files)}, selection, scratch)
-    train = [text for batch in texts(found.train, found.train_order) for text in batch]
-    evaluation = [text for batch in texts(found.eval, found.eval_order) for text in batch] if found.eval is not None else []
-    return train, evaluation, found.dropped
+    found = read_documents([source_of(path, column=column)], selection, scratch)
+    return texts(found.train), texts(found.eval), found.dropped
+
+
+def texts(split: Split) -> list[str]:
+    return [text for batch in split.documents() for _, text in batch]
 
 
 def test_the_choice_goes_by_seed_and_number(tmp_path: Path) -> None:
@@ -229,7 +239,7 @@ def test_bad_parquet_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="content is not text but int64"):
         contents_of(path, tmp_path)
     with pytest.raises(UsageError, match=r"no column 'code'; there are: content"):
-        contents_of(path, tmp_path, text_column="code")
+        contents_of(path, tmp_path, column="code")
 
 
 def test_nothing_left_is_an_error(prepared: Any, tmp_path: Path) -> None:

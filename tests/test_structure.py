@@ -16,15 +16,17 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "launcher"
 
 LAYERS = [
-    {"errors", "files", "metrics", "plan", "run", "checkpoint", "shipped", "supported"},
+    {"errors", "files", "metrics", "plan", "run", "checkpoint", "shipped", "supported", "base_model", "serve"},
     {"templating", "preset", "hardware"},
     {"planner"},
-    {"render", "image", "stage", "ranks", "remedies", "advice"},
+    {"render", "image", "stage", "export", "ranks", "remedies", "advice"},
     {"slurm", "supervise", "continuation", "node", "processes", "runs", "state"},
-    {"submit", "follow", "report", "observe", "site"},
+    {"submit", "follow", "report", "observe", "site", "bench"},
     {"cli"},
 ]
-TRAIN_MAY_IMPORT = {"errors", "files", "plan", "run", "metrics", "checkpoint", "supported", "train"}
+TRAIN_MAY_IMPORT = {"errors", "files", "plan", "run", "metrics", "checkpoint", "supported", "base_model", "serve", "train"}
+MEASURING = {"bench/inside.py", "bench/material.py", "bench/measure.py", "bench/rival.py"}
+"""Started in the image, as the training is, which they measure; what is on the host never imports them."""
 STANDARD_LIBRARY_ONLY = ["launcher.supervise", "launcher.run", "launcher.plan", "launcher.metrics", "launcher.checkpoint"]
 
 
@@ -58,9 +60,18 @@ def test_imports_go_down(path: Path) -> None:
     if room(path) == "train":
         assert imports(path) <= TRAIN_MAY_IMPORT
         return
+    if str(path.relative_to(PACKAGE)) in MEASURING:
+        assert imports(path) <= TRAIN_MAY_IMPORT | {"bench", "stage"}
+        return
     level = next(index for index, rooms in enumerate(LAYERS) if room(path) in rooms)
     allowed = set().union(*LAYERS[: level + 1])
     assert imports(path) <= allowed, f"{path} reaches up to {sorted(imports(path) - allowed)}"
+
+
+def test_nobody_imports_what_measures() -> None:
+    modules = {name.replace("/", ".").removesuffix(".py") for name in MEASURING}
+    on_the_host = [path for path in files() if str(path.relative_to(PACKAGE)) not in MEASURING]
+    assert [path for path in on_the_host if any(f"from launcher.{module} import" in path.read_text() for module in modules)] == []
 
 
 def loaded_modules(code: str) -> set[str]:

@@ -164,6 +164,11 @@ def test_lengths() -> None:
     row = shape_of("flatten", "sdpa", 4, 2, lengths)
     every = [(a, b) for a in (2, 3, 3, 3) for b in (2, 3, 3, 3)]  # E[T²]/E[T] over rows of two samples
     assert row.span == pytest.approx(sum((a + b) ** 2 for a, b in every) / sum(a + b for a, b in every))
+    packed = Lengths(1, (0, 1, 3), per_sample=1.25)  # 5 documents in 4 rows
+    for attention, span, dense in (("sdpa", 4, True), ("flash2", 7.75 / 2.75, False)):
+        rows = shape_of("documents", attention, 4, 2, packed)
+        assert (rows.tokens, rows.useful_share, rows.span, rows.dense_mask) == (4, 2.75 * 1.25 / 4, span, dense)
+    assert shape_of("documents", "sdpa", 4, 2, None).useful_share == 1
     assert shape_of("none", "sdpa", 4, 2, None).useful_share is None
     assert shape_of("concatenate", "sdpa", 4, 2, None).useful_share == 1
 
@@ -173,6 +178,8 @@ def test_lengths_of_staged_data() -> None:
     assert lengths_of(None) is lengths_of(Staged(**facts)) is None
     staged = Staged(**facts, length_bin_tokens=16, length_counts=[1, 3], cut_share=0.1)
     assert lengths_of(staged) == Lengths(16, (1, 3), 0.1)
+    rows = Staged(**facts, length_bin_tokens=16, length_counts=[5, 7])
+    assert lengths_of(rows) == Lengths(16, (5, 7), per_sample=3)
 
 
 MISSING = {

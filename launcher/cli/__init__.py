@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from launcher.cli import before, doctor, facts, operate, site
+from launcher.cli import before, bench, doctor, export, facts, operate, site
 from launcher.cli.show import show_error
 from launcher.errors import ActionError, FtlaunchError
 
@@ -23,6 +23,8 @@ for command in (
     before.check, before.render, before.build, before.stage,
     facts.presets, facts.schema,
     operate.submit, operate.status, operate.logs, operate.cancel, operate.resume, operate.report,
+    export.export,
+    bench.bench,
     doctor.doctor,
 ):  # fmt: skip
     app.command()(command)

@@ -12,6 +12,7 @@ from typing import Literal
 from launcher.cli.line import Line, Wish, container_of, expected_container, folders_of, image_of, lock_of, planned, refuse, staged
 from launcher.cli.show import say
 from launcher.errors import FtlaunchError, MissingError, UsageError
+from launcher.files import write_text
 from launcher.plan import Container, Staged, write_plan
 from launcher.preset.choose import SLURM_ENVIRONMENT
 from launcher.preset.reading import Loaded, read_config, read_site, read_stack
@@ -135,6 +136,10 @@ def prepare(run: Run, step: Step, site: Path) -> None:
         refuse(findings)
         # the command's name as it was: another node may have it elsewhere
         write_plan(replace(final, identity=plan.identity, container=plan.container), run.plan_file(life))
+        if final.preset["parallelism"].startswith("zero"):  # the batch may be known only now
+            from launcher.render import deepspeed_config
+
+            write_text(run.deepspeed_file(life), deepspeed_config(final))
         run.append_event("staged", life=life)
     except FtlaunchError as error:
         run.append_event("failed", life=life, cause=f"{step}: {error}".splitlines()[0])

@@ -109,7 +109,8 @@ def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_curren
     changed = identity_keys_changed(before, plan)
     if changed:
         message = f"{', '.join(changed)} would make it another run: a resumed run keeps what determines its weights"
-        raise UsageError(message, code="identity", hint="submit a preset with that change")
+        goes_on = "ddp, single and fsdp go on as one another, a zero stage as itself, each on any number of ranks"
+        raise UsageError(message, code="identity", hint=goes_on if changed == ["parallelism"] else "submit a preset with that change")
     plan = replace(plan, identity=before.identity)
     script = batch_script(line, plan, run)
     job = resume(run, seen=seen, from_checkpoint=from_checkpoint, code_current=code_current, plan=plan, job_script=script)

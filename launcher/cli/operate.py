@@ -24,6 +24,8 @@ def submit(
     preset: options.Preset,
     site: options.Site = None,
     settings: options.Settings = None,
+    use_flash_attn: options.UseFlashAttn = False,
+    use_xformer_attn: options.UseXformerAttn = False,
     new: Annotated[bool, typer.Option("--new", help="Start another run even when this one exists.")] = False,
     follow: options.Follow = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; print what would be submitted.")] = False,
@@ -45,7 +47,8 @@ def submit(
 
     _one_document(as_json, follow, "--follow")
     asked = options.sbatch(account, partition, qos, time, constraint, reservation, nodes, gpus)
-    line = read(Wish(preset, site, tuple(settings or ()), asked, tuple(allow or ())))
+    changes = options.with_attention(settings, use_flash_attn=use_flash_attn, use_xformer_attn=use_xformer_attn)
+    line = read(Wish(preset, site, tuple(changes), asked, tuple(allow or ())))
     if dry_run:
         show_files(preview(line), as_json)
         return
@@ -104,7 +107,7 @@ def resume(
         raise UsageError(f"--code takes recorded or current, not {code!r}", key="--code")
     asked = options.sbatch(account, partition, qos, time, constraint, reservation, nodes, gpus)
     wish = Wish("", None, tuple(settings or ()), {key: value for key, value in asked.items() if value is not None}, tuple(allow or ()))
-    launched = resume_run(_find(run), wish, from_checkpoint=from_checkpoint, code_current=code == "current")
+    launched = resume_run(find(run), wish, from_checkpoint=from_checkpoint, code_current=code == "current")
     _show_launched(launched, as_json)
     if follow:
         _follow(launched.run)
@@ -125,7 +128,7 @@ def status(
 
     _one_document(as_json, watch, "--watch")
     while True:
-        found = all_runs(_runs_folder()) if run is None else [_find(run)]
+        found = all_runs(_runs_folder()) if run is None else [find(run)]
         rows = facts_of(found)
         if run is not None and rows[0]["state"] == "queued":
             rows[0]["expected_start"] = start_of(found[0], rows[0]["job"])
@@ -152,7 +155,7 @@ def logs(
     """Print a life's logs: what its supervisor did and what its ranks said."""
     from launcher.cli.follow import print_logs
 
-    found = _find(run)
+    found = find(run)
     number = max(0, found.lives_started() - 1) if life is None else life
     if not found.life(number).is_dir():
         raise UsageError(f"{found.id} had no life {number}", code="no-life", hint=f"lives so far: {found.lives_started()}")
@@ -173,7 +176,7 @@ def cancel(
     from launcher.cli.launch import state_now
     from launcher.submit import cancel as cancel_run
 
-    found = _find(run)
+    found = find(run)
     state = state_now(found)
     if state in ("finished", "failed", "stopped", "cancelled", "lost", "created"):
         raise UsageError(f"{found.id} is {state}: there is nothing to cancel", code="not-alive")
@@ -192,7 +195,7 @@ def report(
     from launcher.report import plots, table
 
     documents: list[dict[str, Any]] = []
-    for run in map(_find, runs):
+    for run in map(find, runs):
         rows, files = table(run), plots(run)
         documents.append({"id": run.id, "table": dict(rows), "plots": [str(file) for file in files]})
         if not as_json:
@@ -234,7 +237,8 @@ def _follow(run: Run) -> None:
     raise typer.Exit(follow_run(run))
 
 
-def _find(text: str) -> Run:
+def find(text: str) -> Run:
+    """The run that a person means. Errors: UsageError."""
     from launcher.runs import find_run
 
     path = Path(text)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -82,16 +83,28 @@ def _what(plan: Plan) -> Iterator[Row]:
     if adapter != "none":
         trained = f"{adapter['kind']} of rank {adapter['rank']}, alpha {adapter['alpha']:g}"
         trained += f", on {', '.join(adapter['targets'])}" if adapter["targets"] else ""
+        trained += f", and {', '.join(adapter['modules_to_save'])} whole" if adapter["modules_to_save"] else ""
     yield Row("model", str(shown["model"]))
     yield Row("trained", f"{trained}; {training['optimizer']}, {training['epochs']:g} epoch{'s' if training['epochs'] != 1 else ''}")
     checkpointing = training["activation_checkpointing"]
     offload = "" if preset["offload"] == "none" else f", {preset['offload']} offloaded to RAM"
     recomputed = "" if checkpointing == "none" else f", activation checkpointing {checkpointing}"
-    yield Row("dtype", f"{training['dtype']}{' with TF32' if training['tf32'] else ''}{recomputed}{offload}")
+    faster = "" if training["cross_entropy"] == "plain" else f", cross-entropy {training['cross_entropy']}"
+    faster += "" if training["compile"] == "none" else ", layers compiled"
+    yield Row("dtype", f"{training['dtype']}{' with TF32' if training['tf32'] else ''}{recomputed}{faster}{offload}")
     yield Row("attention", plan.attention + (" (auto)" if preset["attention"] == "auto" else ""))
+    if words := _data(preset["data"]):
+        yield Row("data", words)
     yield Row("sequence", f"{training['sequence_length']} tokens, packing {preset['data']['packing']}")
     yield Row("batch", _batch(plan))
     yield Row("per rank", _per_rank(plan.batch.samples_per_rank))
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """What the rows are and where they come from; nothing to say of one source of text."""
+    sources = data["sources"] or [data]
+    formats = ", ".join(sorted({source["format"] or data["format"] for source in sources}))
+    return f"{formats} of {len(sources)} sources, mixed by weight" if len(sources) > 1 else "" if formats == "text" else formats
 
 
 def _batch(plan: Plan) -> str:

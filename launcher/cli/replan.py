@@ -53,7 +53,7 @@ class Way:
 
 def remedied(line: Line, plan: Plan, findings: Sequence[Finding], container: Container, observed: Observed) -> list[Finding]:
     """Findings whose errors name the smallest change that passes, where one was found; too many GPUs also the variant that passes."""
-    found = with_remedies(plan, findings, _replanner(line, container, plan.staged, observed), known_stacks())
+    found = with_remedies(plan, findings, replanner(line, container, plan.staged, observed), known_stacks())
     if not any(finding.code in TOO_MANY_GPUS for finding in findings):
         return found
     way = variant_way(line, plan, observed)
@@ -78,13 +78,13 @@ def advice(line: Line, plan: Plan) -> list[Finding]:
         variant, findings = unremedied(other, observed)
         if not any(finding.level == "error" for finding in findings):
             variants[other.preset.value.name] = variant
-    found = advise(plan, _replanner(line, plan.container, plan.staged, observed), known_stacks(), variants)
+    found = advise(plan, replanner(line, plan.container, plan.staged, observed), known_stacks(), variants)
     return locate(found, line.preset)
 
 
 def unremedied(line: Line, observed: Observed) -> tuple[Plan, list[Finding]]:
     """The plan and its findings, without a look for what would pass."""
-    result = _replanner(line, expected_container(line), None, observed)({})
+    result = replanner(line, expected_container(line), None, observed)({})
     assert result is not None, "without a change the preset makes sense"
     return result
 
@@ -124,7 +124,7 @@ def _typed(wish: Wish) -> tuple[str, ...]:
 
 def _passing(line: Line, observed: Observed, plan: Plan, findings: Sequence[Finding]) -> tuple[Change, Plan] | None:
     """In the partition that was chosen, else in another one of the site, where the user named none."""
-    replan, stacks = _replanner(line, plan.container, plan.staged, observed), known_stacks()
+    replan, stacks = replanner(line, plan.container, plan.staged, observed), known_stacks()
     found = passing(plan, findings, replan, stacks)
     if found is not None or (line.partition is not None and not line.slurm["partition"].source.startswith("site ")):
         return found
@@ -143,7 +143,7 @@ def _after(before: Change, replan: Replan) -> Replan:
     return lambda change: replan({**before, **change})
 
 
-def _replanner(line: Line, container: Container, staged: Staged | None, observed: Observed) -> Replan:
+def replanner(line: Line, container: Container, staged: Staged | None, observed: Observed) -> Replan:
     stacks: dict[str, Stack] = {}
 
     def replan(change: Change) -> tuple[Plan, list[Finding]] | None:

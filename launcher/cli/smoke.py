@@ -21,6 +21,8 @@ from launcher.submit import cancel, last_job_id
 STEPS = 12
 STOP_AFTER = 3
 """Steps of the first life before it is asked to stop."""
+SHORT_DOCUMENT_TOKENS = 256
+"""Most documents are longer: so many of them fill the rows of packed samples at least."""
 TIME_MIN = 20
 """Walltime of one life, less where the partition allows less."""
 LOOK_S = 1.0
@@ -69,9 +71,10 @@ def smoke_line(line: Line) -> Line:
 
 
 def smoke_settings(plan: Plan) -> list[str]:
-    """One micro step of every rank is an optimizer step, ``STEPS`` of them an epoch."""
+    """One micro step of every rank is an optimizer step, ``STEPS`` of them an epoch; more where documents of unknown length are packed."""
     data, effective = plan.preset["data"], plan.world_size * plan.batch.micro_batch
-    samples = round(effective * STEPS / (1 - data["eval_share"])) + 1
+    rows = 1 if data["packing"] in ("none", "flatten") else max(1, plan.preset["training"]["sequence_length"] // SHORT_DOCUMENT_TOKENS)
+    samples = round(effective * STEPS * rows / (1 - data["eval_share"])) + 1
     if data["num_samples"] is not None:
         samples = min(samples, data["num_samples"])
     return [

@@ -16,8 +16,9 @@ from launcher.preset.model import ModelFacts, layer_matrices
 Kernel = Literal["flash", "efficient", "math", "eager"]
 """flash: no score matrix, no mask. efficient: no score matrix, but a mask of each layer's own. math, eager: whole score matrices."""
 
-LOSS_CHUNK_TOKENS = 256
-"""Tokens of a piece of ``cross_entropy: chunked``: half the memory at 1.4 times the time was measured at 256."""
+LOSS_CHUNK_TOKENS = 1024
+"""Tokens of a piece of ``cross_entropy: chunked``: its fp32 logits are about as large as the head's fp32 gradient, to which each piece is
+added; with smaller ones that adding, which moves all of the gradient, takes longer than the piece."""
 
 FP32, HALF = 4, 2
 
@@ -40,6 +41,7 @@ class Compute:
     repeats_kv: bool
     """Keys and values are copied out to all heads before attention."""
     checkpointing: bool
+    """A layer is computed again in its backward pass, all of it or (``selective``) what is cheap."""
     dropout: bool
     """Of the model, as its config says."""
     adapted: frozenset[str] | None = None
@@ -47,6 +49,16 @@ class Compute:
     rank: int = 0
     adapter_dropout: bool = False
     dora: bool = False
+    quantised: bool = False
+    """Layers' weights in 4 bits."""
+    selective: bool = False
+
+    @property
+    def copies(self) -> int:
+        """16-bit copies of each weight of a layer that autocast makes and the backward pass reads. Of weights in 4 bits there are none:
+        they are written out anew. DoRA with dropout multiplies by the weight once more.
+        """
+        return (2 if self.dora and self.adapter_dropout else 1) if self.autocast and not self.quantised else 0
 
     @property
     def tokens(self) -> int:
@@ -85,7 +97,7 @@ def layer_saved(facts: ModelFacts, compute: Compute) -> Saved:
     """Of one decoder layer without checkpointing."""
     t, d, h = compute.tokens, facts.hidden, compute.h
     reads_attention, reads_mlp = _readers(facts)
-    copies = sum(m.rows * m.columns for m in layer_matrices(facts)) * HALF if compute.autocast else 0
+    copies = sum(m.rows * m.columns for m in layer_matrices(facts)) * HALF * compute.copies
     attention = _norm(facts, compute) + _inputs(compute, reads_attention, t * d) + _attention(facts, compute) + _adapters(facts, compute)
     mlp = _norm(facts, compute) + _inputs(compute, reads_mlp, t * d) + _mlp(facts, compute)
     if compute.dropout:
@@ -93,6 +105,24 @@ def layer_saved(facts: ModelFacts, compute: Compute) -> Saved:
     if compute.autocast and compute.adapted is not None and _OUTPUT[facts.architecture] in compute.adapted:
         attention += t * d * h  # the adapter casts the attention's output to fp32 and back
     return Saved(attention, mlp, copies)
+
+
+def layer_kept(facts: ModelFacts, compute: Compute, saved: Saved) -> int:
+    """What a layer keeps until its backward pass: with checkpointing its input, if selective also the results of its matrix products and
+    of attention, unless that is eager or draws random numbers.
+    """
+    stream = compute.tokens * facts.hidden * compute.r
+    if not compute.checkpointing:
+        return saved.attention + saved.mlp
+    if not compute.selective:
+        return stream
+    products = sum(matrix.rows for matrix in layer_matrices(facts)) + (
+        0 if compute.adapted is None else sum(compute.rank + m.rows for m in layer_matrices(facts) if m.name in compute.adapted)
+    )
+    kept = compute.tokens * products * compute.h
+    if compute.kernel in ("flash", "efficient") and not compute.dropout:
+        kept += compute.tokens * (facts.hidden * compute.h + facts.heads * FP32)
+    return stream + kept
 
 
 def layer_backward(facts: ModelFacts, compute: Compute, saved: Saved) -> int:
@@ -103,10 +133,22 @@ def layer_backward(facts: ModelFacts, compute: Compute, saved: Saved) -> int:
     # the MLP's output layer: gradient of its output, of its input, of its weight
     mlp = stream + t * d * h + t * i * h + (d * i * h if trains else 0)
     # its first layer, with the weight's gradient cast up
-    first = stream + t * i * h + t * d * h + (d * i * (FP32 + h) if trains else 0) - t * i * h - (d * i * h if compute.autocast else 0)
+    first = stream + t * i * h + t * d * h + (d * i * (FP32 + h) if trains else 0) - t * i * h - d * i * h * min(1, compute.copies)
     n = compute.scores * facts.heads
-    scores = stream + t * d * h - saved.mlp - (2 * d * i * HALF if compute.autocast else 0) + n * _scores_backward(compute)
+    scores = stream + t * d * h - saved.mlp - 2 * d * i * HALF * min(1, compute.copies) + n * _scores_backward(compute)
     return max(mlp, first, scores, stream)
+
+
+def layer_working(facts: ModelFacts, compute: Compute) -> int:
+    """What one adapted linear layer takes while it is computed, in the forward pass and when that is repeated: of weights in 4 bits the
+    layer's weights written out; for DoRA's norms an identity as wide as its input, its update, and both sums with the weight, in fp32.
+    """
+    if compute.adapted is None:
+        return 0
+    chosen = [matrix for matrix in layer_matrices(facts) if matrix.name in compute.adapted]
+    norms = max((m.columns**2 + 3 * m.rows * m.columns for m in chosen), default=0) * FP32 if compute.dora else 0
+    written_out = max(m.rows * m.columns for m in layer_matrices(facts)) * compute.h if compute.quantised else 0
+    return max(norms, written_out)
 
 
 def outer_saved(facts: ModelFacts, compute: Compute) -> int:
@@ -135,11 +177,16 @@ class Loss(NamedTuple):
 
 
 def loss_bytes(facts: ModelFacts, compute: Compute, cross_entropy: str) -> Loss:
-    """Plain: logits are cast to fp32, log-softmax makes as much again and keeps it, and its backward pass holds two more of that size."""
-    whole = cross_entropy == "plain"
-    entries = facts.vocab * (compute.tokens if whole else min(compute.tokens, LOSS_CHUNK_TOKENS))
+    """Plain: logits are cast to fp32, log-softmax makes as much again and keeps it, and its backward pass holds two more of that size.
+
+    In pieces (of liger's kernel an upper bound): the backward pass turns the fp32 logits into their gradient and casts that.
+    """
+    if cross_entropy != "plain":
+        piece = facts.vocab * min(compute.tokens, LOSS_CHUNK_TOKENS)
+        return Loss(0, 2 * piece * FP32, piece * (FP32 + compute.h), 0)
+    entries = facts.vocab * compute.tokens
     given = entries * compute.h
-    return Loss(given if whole else 0, 2 * entries * FP32, 3 * entries * FP32, given)
+    return Loss(given, 2 * entries * FP32, 3 * entries * FP32, given)
 
 
 def evaluation_bytes(facts: ModelFacts, compute: Compute) -> tuple[int, int]:

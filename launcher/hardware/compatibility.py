@@ -27,14 +27,35 @@ ATTENTION_CAPABILITY: Mapping[str, str] = {
 """flash-attention 2: Ampere or newer; 3: Hopper (both its README). xformers: its CUTLASS kernels, as FastCode ran them on V100.
 flex: what Triton compiles for."""
 
+ATTENTION_LAST_CAPABILITY: Mapping[str, str] = {"flash3": "9.0"}
+"""flash-attention 3 is written in Hopper's own instructions, which newer GPUs lack."""
+
+ATTENTION_HEAD: Mapping[str, tuple[int, int | None, int]] = {
+    "flash2": (8, 256, 8), "flash3": (8, 256, 8), "xformers": (8, None, 8), "flex": (16, None, 1),
+}  # fmt: skip
+"""Dimensions of a head: least, most, multiples of. flash: README ("up to 256") and its alignment; xformers: 128 bits in 16-bit types; flex:
+torch refuses heads below 16."""
+
+NO_DROPOUT_ATTENTION = ("flash3", "flex")
+"""transformers says so of flash3 and refuses it with flex."""
+
 GPU_ONLY_ATTENTION = ("flash2", "flash3", "xformers", "flex")
 """No backward pass on CPU."""
 
 HALF_ONLY_ATTENTION = ("flash2", "flash3")
 """Kernels that take fp16 and bf16 only (flash-attention's README)."""
 
+TRITON_CAPABILITY = "7.0"
+"""What Triton, in which liger's kernels are written, compiles for."""
+
 BITSANDBYTES_CAPABILITY = "6.0"
 """Its 8-bit optimizers and 4-bit weights; its 8-bit inference, which nothing here uses, needs 7.5 (bitsandbytes, installation guide)."""
+
+ADAPTER_PEFT: Mapping[str, str] = {"lora": "0.3.0", "rslora": "0.7.0", "dora": "0.9.0", "qlora": "0.4.0"}
+"""Kind of adapter → the first peft that has it (its release notes). The training was run with 0.11.1 and 0.21.2."""
+
+FSDP2_TORCH = "2.6"
+"""``torch.distributed.fsdp.fully_shard`` is public from there on (torch 2.6.0, release notes)."""
 
 XFORMERS_TORCH: Mapping[str, str] = {"0.0.26.post1": "2.3.0", "0.0.35": "2.10.0"}
 """xformers → the one torch that its extension was built for. Other pairs are not known here and are not judged."""

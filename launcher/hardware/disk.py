@@ -2,7 +2,8 @@
 
 checkpoint = weights + optimizer state
 weights:    4 bytes a parameter (fp32, bf16, fp16: fp32 masters), 2 for bf16_pure; with LoRA the adapters' parameters only
-optimizer:  adamw 8 bytes a trained parameter, adamw_8bit 2, adafactor 4 × (rows + columns) of a matrix and 4 a vector entry;
+optimizer:  adamw, adamw_fused 8 bytes a trained parameter (bf16_pure 4), adamw_8bit 2, adafactor 4 × (rows + columns) of a matrix and
+            4 a vector entry;
             under ZeRO adafactor is not factored (DeepSpeed flattens parameters): 4 bytes a parameter
 total     = checkpoint × (those that are kept + the one being written) + the final model
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 
 from launcher.plan import Disk
-from launcher.preset.model import ModelFacts, layer_matrices, num_lora_parameters, num_vector_parameters, outer_matrices
+from launcher.preset.model import ModelFacts, layer_matrices, num_adapter_parameters, num_vector_parameters, outer_matrices
 from launcher.preset.schema import Lora, Preset
 
 GIB = 1024**3
@@ -39,8 +40,8 @@ def weight_bytes(preset: Preset, facts: ModelFacts) -> int:
 
 def optimizer_bytes(preset: Preset, facts: ModelFacts) -> int:
     trained = num_trained(preset, facts)
-    if preset.training.optimizer == "adamw":
-        return trained * 8
+    if preset.training.optimizer in ("adamw", "adamw_fused"):
+        return trained * (4 if preset.training.dtype == "bf16_pure" else 8)
     if preset.training.optimizer == "adamw_8bit":
         return trained * 2
     if preset.parallelism in ("zero1", "zero2", "zero3"):
@@ -54,7 +55,7 @@ def optimizer_bytes(preset: Preset, facts: ModelFacts) -> int:
 
 def num_trained(preset: Preset, facts: ModelFacts) -> int:
     if isinstance(preset.adapter, Lora):
-        return num_lora_parameters(facts, preset.adapter.rank, preset.adapter.targets)
+        return num_adapter_parameters(facts, preset.adapter)
     return facts.parameters
 
 

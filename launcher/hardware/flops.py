@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.hardware.activations import LOSS_CHUNK_TOKENS
 from launcher.preset.model import ModelFacts, layer_matrices
 
 DROPOUT = frozenset({"gpt_bigcode", "starcoder2"})
@@ -63,11 +64,14 @@ def elementwise_bytes(facts: ModelFacts, precision: Precision) -> float:
 
 
 def logits_bytes(facts: ModelFacts, precision: Precision, cross_entropy: str) -> float:
-    """Bytes per token, forward and backward: logits, their fp32 copy, log-softmax and its gradient, cast back."""
+    """Bytes per token, forward and backward: logits, their fp32 copy, log-softmax and its gradient, cast back. In chunks: each one's share
+    of the head's gradient added to it.
+    """
     if cross_entropy == "fused":
         return facts.vocab * 5.0 * precision.compute
     casts = 12.0 if precision.compute == 2 else 4.0
-    return facts.vocab * (precision.compute + 16.0 + casts)
+    added = facts.hidden * (precision.compute + 8.0) / LOSS_CHUNK_TOKENS if cross_entropy == "chunked" else 0.0
+    return facts.vocab * (precision.compute + 16.0 + casts + added)
 
 
 def score_bytes(facts: ModelFacts, precision: Precision) -> tuple[float, float]:

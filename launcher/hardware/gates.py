@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 from launcher.errors import Finding
 from launcher.hardware import compatibility as known
+from launcher.hardware.adapters import check_adapter
+from launcher.hardware.attention import attention_problems, choose_attention
 from launcher.hardware.fits import Observed, check_fits
+from launcher.hardware.speedups import check_speedups
 from launcher.hardware.time import missing_fact
 from launcher.plan import Plan
 from launcher.preset.complaints import nearest
@@ -16,7 +19,7 @@ from launcher.preset.model import ModelFacts
 from launcher.preset.schema import Lora, Preset
 from launcher.preset.site import Site
 from launcher.preset.stack import Stack
-from launcher.supported import EXECUTED, choices
+from launcher.supported import EXECUTED, choices, sharding_refusal
 
 GATES = frozenset(
     {
@@ -34,9 +37,6 @@ ALLOWED_BY = {
 NOT_EXECUTED_YET = "not-executed-yet"
 """Code of the warning that a plan is right but the training cannot run it yet: ``submit`` must refuse it before anything queues."""
 
-NOT_BUILT_YET = "not-built-yet"
-"""Code of the error that a value is known and nothing does it."""
-
 
 def check_plan(
     plan: Plan, preset: Preset, hardware: Hardware, site: Site, stack: Stack | None, facts: ModelFacts | None, observed: Observed
@@ -45,11 +45,14 @@ def check_plan(
     found = [
         *_node(plan, preset, hardware),
         *_site(plan, preset, site),
-        *_not_built(preset, site),
-        *_gpu(plan, preset, hardware),
+        *_site_without_effect(site),
+        *_gpu(preset, hardware),
+        *_attention(plan, preset, hardware, stack, facts),
         *_stack(plan, preset, hardware, stack),
         *_optimizer(preset),
+        *check_speedups(plan, preset, hardware, stack),
         *_model(preset, facts),
+        *check_adapter(preset, facts, stack),
         *_not_executed(plan, preset, stack),
         *_batch(plan),
         *_never_run(preset),
@@ -140,11 +143,9 @@ def _site(plan: Plan, preset: Preset, site: Site) -> Iterator[Finding]:
         yield _error("time-above-partition", message, "slurm.time", f"time: {partition.max_time}; the run continues in a next life")
 
 
-def _gpu(plan: Plan, preset: Preset, hardware: Hardware) -> Iterator[Finding]:
-    dtype, attention, tf32 = preset.training.dtype, plan.attention, preset.training.tf32
+def _gpu(preset: Preset, hardware: Hardware) -> Iterator[Finding]:
+    dtype, tf32 = preset.training.dtype, preset.training.tf32
     if not preset.gpus or hardware.gpu is None:
-        if attention in known.GPU_ONLY_ATTENTION:
-            yield _error("attention-not-on-gpu", f"{attention} has no backward pass on CPU", "attention", "attention: sdpa")
         if tf32:
             yield _warning("tf32-unused", "there is no TF32 on CPU", "training.tf32", "tf32: false")
         if dtype == "fp16":
@@ -154,13 +155,15 @@ def _gpu(plan: Plan, preset: Preset, hardware: Hardware) -> Iterator[Finding]:
     if not known.at_least(capability, known.DTYPE_CAPABILITY[dtype]):
         message = f"{dtype} needs compute capability {known.DTYPE_CAPABILITY[dtype]}, {gpu} has {capability}"
         yield _error("dtype-not-on-gpu", message, "training.dtype", "dtype: fp32 or fp16")
-    if not known.at_least(capability, known.ATTENTION_CAPABILITY[attention]):
-        message = f"{attention} needs compute capability {known.ATTENTION_CAPABILITY[attention]}, {gpu} has {capability}"
-        yield _error("attention-not-on-gpu", message, "attention", "attention: xformers or sdpa")
     if tf32 and not known.at_least(capability, known.TF32_CAPABILITY):
         yield _warning("tf32-unused", f"{gpu} has no TF32", "training.tf32", "tf32: false")
-    if attention in known.HALF_ONLY_ATTENTION and dtype == "fp32":
-        yield _error("attention-needs-half", f"{attention} takes bf16 or fp16 only", "attention", "dtype: bf16, or attention: sdpa")
+
+
+def _attention(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack | None, facts: ModelFacts | None) -> Iterator[Finding]:
+    yield from attention_problems(plan.attention, preset, hardware, stack, facts)
+    if preset.attention == "auto":
+        why = choose_attention(preset, hardware, stack, facts).why
+        yield Finding("advice", "attention-chosen", f"auto is {plan.attention}: {why}", key="attention")
 
 
 def _stack(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack | None) -> Iterator[Finding]:
@@ -178,6 +181,12 @@ def _stack(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack | None) 
     if preset.parallelism not in stack.parallelism:
         hint = f"it has {', '.join(stack.parallelism)}"
         yield _error("parallelism-not-in-stack", f"stack {stack.name} has no {preset.parallelism}", "parallelism", hint)
+    elif preset.parallelism == "fsdp" and not known.at_least(stack.packages["torch"], known.FSDP2_TORCH):
+        message = f"fsdp needs torch {known.FSDP2_TORCH} or newer, stack {stack.name} has {stack.packages['torch']}"
+        yield _error("parallelism-not-in-stack", message, "parallelism", "a newer stack, or parallelism: ddp")
+    elif preset.parallelism.startswith("zero") and "deepspeed" not in stack.packages:
+        message = f"{preset.parallelism} needs deepspeed, which stack {stack.name} is without"
+        yield _error("parallelism-not-in-stack", message, "parallelism", "a stack with it, or parallelism: fsdp")
     yield from _libraries(plan, preset, hardware, stack)
     if not preset.gpus or stack.cuda is None:
         return
@@ -201,11 +210,6 @@ def _stack(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack | None) 
 
 def _libraries(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack) -> Iterator[Finding]:
     """Libraries that the choices need in the stack, in a version that goes with its torch, on a GPU that they know."""
-    torch, xformers = stack.packages["torch"], stack.packages.get("xformers", "")
-    fits = known.XFORMERS_TORCH.get(xformers, torch)
-    if plan.attention == "xformers" and known.version(fits) != known.version(torch):
-        message = f"xformers {xformers} was built for torch {fits}, stack {stack.name} has torch {torch}"
-        yield _error("library-pair", message, "stack", f"torch: {fits}, or another xformers")
     wants = [("training.optimizer", "adamw_8bit")] if preset.training.optimizer == "adamw_8bit" else []
     if isinstance(preset.adapter, Lora) and preset.adapter.kind == "qlora":
         wants.append(("adapter.kind", "qlora"))
@@ -215,17 +219,16 @@ def _libraries(plan: Plan, preset: Preset, hardware: Hardware, stack: Stack) -> 
         elif hardware.gpu is not None and not known.at_least(hardware.gpu.compute_capability, known.BITSANDBYTES_CAPABILITY):
             needed = f"compute capability {known.BITSANDBYTES_CAPABILITY}, {hardware.gpu.kind} has {hardware.gpu.compute_capability}"
             yield _error("library-not-on-gpu", f"{wish} needs {needed}", key, "adamw or adafactor, or adapter kind lora")
+    for tracker in preset.tracking.to:
+        if not {tracker, f"{tracker}-skinny"} & stack.packages.keys():
+            hint = "a stack with it; metrics.jsonl has everything all the same"
+            yield _warning("tracker-missing", f"{tracker} is not in stack {stack.name}: nothing goes there", "tracking.to", hint)
 
 
 def _optimizer(preset: Preset) -> Iterator[Finding]:
-    if preset.parallelism == "fsdp" and preset.training.optimizer == "adafactor":
-        message = "transformers' Adafactor mixes plain tensors with FSDP2's and fails (seen in both versions)"
-        yield _error("optimizer-not-sharded", message, "training.optimizer", "parallelism: zero3, or optimizer: adamw")
-    if preset.offload != "none" and preset.parallelism not in ("fsdp", "zero1", "zero2", "zero3"):
-        message = f"{preset.parallelism} keeps everything on the GPUs"
-        yield _error("offload-not-sharded", message, "offload", "offload: none, or parallelism: zero2, zero3 or fsdp")
-    if preset.offload == "all" and preset.parallelism in ("zero1", "zero2"):
-        yield _error("offload-not-sharded", f"{preset.parallelism} does not shard the weights", "offload", "offload: optimizer")
+    refusal = sharding_refusal(preset.model_dump(mode="json"))
+    if refusal is not None:
+        yield _error(refusal.code, refusal.message, refusal.key, refusal.hint)
 
 
 def _model(preset: Preset, facts: ModelFacts | None) -> Iterator[Finding]:
@@ -235,17 +238,10 @@ def _model(preset: Preset, facts: ModelFacts | None) -> Iterator[Finding]:
     if length > facts.context:
         message = f"{length} tokens, but the model's context is {facts.context}"
         yield _error("sequence-too-long", message, "training.sequence_length", f"sequence_length: {facts.context}")
-    if isinstance(preset.adapter, Lora):
-        for target in preset.adapter.targets or []:
-            if target not in facts.linear_layers:
-                hint = nearest(target, facts.linear_layers) or f"it has {', '.join(facts.linear_layers)}"
-                yield _error("lora-target", f"the model has no linear layer {target}", "adapter.targets", hint)
 
 
-def _not_built(preset: Preset, site: Site) -> Iterator[Finding]:
+def _site_without_effect(site: Site) -> Iterator[Finding]:
     """A site's findings have no key: what they are about is not in the preset."""
-    if preset.data.packing not in EXECUTED["data.packing"]:
-        yield _error(NOT_BUILT_YET, "packing with borders kept is not built yet", "data.packing", "packing: flatten")
     if site.build.on == "elsewhere":
         message = f"site {site.name} builds no images: submit takes the one that it finds in the folder of images"
         yield Finding("warning", "build-elsewhere", message, hint="ftlaunch build on another machine, or --print-only, and copy it")

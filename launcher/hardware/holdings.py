@@ -1,7 +1,7 @@
 """What a GPU holds through a whole step: its share of weights, gradients and optimizer state under each parallelism, in bytes.
 
-Not activations (``activations``). Of FSDP, DeepSpeed, offload, adamw_8bit, QLoRA and DoRA nothing was measured: the training does not run
-them yet, and their figures are what their documents say.
+Not activations (``activations``). Of FSDP, DeepSpeed, offload, adamw_8bit, QLoRA and DoRA nothing was measured on a GPU: their
+figures are what their documents say.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from launcher.hardware.activations import FP32, HALF
 from launcher.hardware.split import Part
-from launcher.preset.model import ModelFacts, layer_matrices, num_lora_parameters, num_vector_parameters, outer_matrices
+from launcher.preset.model import (
+    ModelFacts,
+    layer_matrices,
+    num_lora_parameters,
+    num_saved_parameters,
+    num_vector_parameters,
+    outer_matrices,
+)
 from launcher.preset.schema import Lora, Preset
 from launcher.supported import LORA_TARGETS
 
@@ -18,6 +25,8 @@ NF4_BYTES = 4.127 / 8
 """A weight in 4 bits with its scale doubly quantised, in blocks of 64 and 256 (QLoRA, arXiv 2305.14314, section 3)."""
 BITS_8_STATE = 2 * (1 + FP32 / 256)
 """adamw_8bit: two moments of 8 bits, each with an fp32 scale for a block of 256 (bitsandbytes 0.50)."""
+PURE_UPDATE_BYTES = 30
+"""For each weight of the largest matrix while ``bf16_pure`` updates it: weight, gradient and moments in fp32, temporaries, noise."""
 ZERO_BUCKET = 500_000_000
 """Entries of DeepSpeed's reduce and all-gather buckets: its defaults, which our template leaves alone."""
 ZERO_LIVE = 1_000_000_000
@@ -76,7 +85,8 @@ def hold(preset: Preset, facts: ModelFacts, part: Part, world_size: int) -> Hold
         state = update = 0.0
         weights = 0.0 if preset.offload == "all" and parallelism in ("fsdp", "zero3") else weights
     layer = count.layer if count.adapted_layer is None else count.adapted_layer
-    embedding, head = (count.embedding, count.head) if count.adapted_layer is None else (0, 0)
+    whole = count.adapted_layer is None
+    embedding, head = (count.embedding, count.head) if whole else (count.saved_embedding, count.saved_head)
     return Holdings(weights, buckets, state, update, layer * gradient, embedding * gradient, head * gradient)
 
 
@@ -96,7 +106,10 @@ class _Count:
     embedding: int
     head: int
     adapted_layer: int | None
-    """Of a layer's adapters; None without."""
+    """What is trained of a layer beside its own weights: adapters and copies of its norms; None without an adapter."""
+    saved_embedding: int
+    saved_head: int
+    """Copies of whole modules that are trained with an adapter."""
 
     @property
     def all(self) -> int:
@@ -104,7 +117,9 @@ class _Count:
 
     @property
     def trained(self) -> int:
-        return self.all if self.adapted_layer is None else self.layers * self.adapted_layer
+        if self.adapted_layer is None:
+            return self.all
+        return self.layers * self.adapted_layer + self.saved_embedding + self.saved_head
 
 
 def _count(preset: Preset, facts: ModelFacts, part: Part) -> _Count:
@@ -114,12 +129,14 @@ def _count(preset: Preset, facts: ModelFacts, part: Part) -> _Count:
     outer = outer_matrices(facts)
     embedding = sum(m.rows * m.columns for m in outer if m.name != "head") if part.embedding else 0
     head = norm + sum(m.rows * m.columns for m in outer if m.name == "head") if part.head else 0
-    adapted = None
+    adapted, saved_embedding, saved_head = None, 0, 0
     if isinstance(preset.adapter, Lora):
-        adapted = num_lora_parameters(facts, preset.adapter.rank, preset.adapter.targets) // facts.layers
+        saved_layer, saved_embedding, saved_head = num_saved_parameters(facts, preset.adapter.modules_to_save)
+        adapted = num_lora_parameters(facts, preset.adapter.rank, preset.adapter.targets) // facts.layers + saved_layer
         if preset.adapter.kind == "dora":  # a magnitude for each output
             adapted += sum(m.rows for m in layer_matrices(facts) if m.name in targets(facts, preset.adapter))
-    return _Count(part.layers, matrices, matrices + vectors, embedding, head, adapted)
+    saved_embedding, saved_head = saved_embedding if part.embedding else 0, saved_head if part.head else 0
+    return _Count(part.layers, matrices, matrices + vectors, embedding, head, adapted, saved_embedding, saved_head)
 
 
 def _weight_bytes(preset: Preset, count: _Count, weight: float) -> float:
@@ -133,7 +150,7 @@ def _weight_bytes(preset: Preset, count: _Count, weight: float) -> float:
 def _state_bytes(preset: Preset, facts: ModelFacts) -> float:
     """Bytes of optimizer state for each trained weight, without master weights."""
     training = preset.training
-    if training.optimizer == "adamw":
+    if training.optimizer in ("adamw", "adamw_fused"):
         return 2.0 * (HALF if training.dtype == "bf16_pure" and preset.parallelism not in ZERO else FP32)
     if training.optimizer == "adamw_8bit":
         return BITS_8_STATE
@@ -147,6 +164,13 @@ def _update_bytes(preset: Preset, facts: ModelFacts, count: _Count, weight: int)
     """AdamW over lists of tensors takes the root of all second moments at once. Adafactor goes matrix by matrix with two temporaries, and
     still holds one of the matrix before; adamw_8bit works in place.
     """
+    if preset.training.dtype == "bf16_pure" and count.adapted_layer is None:  # one matrix after the other in fp32
+        largest = max(
+            *(m.rows * m.columns for m in layer_matrices(facts)), facts.vocab * facts.hidden if count.embedding or count.head else 0
+        )
+        return PURE_UPDATE_BYTES * largest
+    if preset.training.optimizer == "adamw_fused":
+        return 0.0
     if preset.training.optimizer == "adamw":
         return count.trained * weight
     if preset.training.optimizer == "adamw_8bit" or count.adapted_layer is not None:

@@ -25,19 +25,22 @@ class Host:
 
     processes: float
     loading: float
-    """The model in RAM before it is on its GPU: nothing but the largest weight, since weights go from the mapped file to the GPU."""
+    """The model in RAM before it is on its GPU: nothing but the largest weight, since weights go from the mapped file to the GPU; the
+    whole model where it is cut in RAM first."""
     computing: float
     """What ranks compute with on CPU, and what is offloaded from GPUs."""
     saving: float
     """Rank 0's copy of the weights while a checkpoint is written; where they are sharded, each rank's of its shard."""
     resuming: float
     """The optimizer's state, which every rank reads: whole, or its shard of it."""
+    snapshot: float
+    """Asynchronous checkpoints: what rank 0 (sharded: each rank) copies of weights and optimizer state, kept for the next one."""
     ram_disk: float
     """What lies in a folder that is RAM, e.g. an unpacked image in /tmp."""
 
     @property
     def peak(self) -> float:
-        return self.processes + self.computing + max(self.loading, self.saving, self.resuming) + self.ram_disk
+        return self.processes + self.computing + self.snapshot + max(self.loading, self.saving, self.resuming) + self.ram_disk
 
 
 def predict_host(preset: Preset, facts: ModelFacts, layout: Layout, *, computed_gib: float = 0.0, ram_disk_gib: float = 0.0) -> Host:
@@ -50,11 +53,15 @@ def predict_host(preset: Preset, facts: ModelFacts, layout: Layout, *, computed_
     offloaded = 0.0
     if preset.offload != "none":
         offloaded = share * (state + weights * (2 if preset.offload == "all" else 1))
+    snapshot = (weights + state) * (share if sharded else 1.0) if preset.checkpoint.asynchronous else 0.0
     if not on_gpu:  # tensors are in RAM already and are written from where they lie
-        return Host(ranks * RANK_GIB, 0.0, ranks * computed_gib, 0.0, ranks * state, ram_disk_gib)
+        return Host(ranks * RANK_GIB, 0.0, ranks * computed_gib, 0.0, ranks * state, snapshot, ram_disk_gib)
     saving = weights * share if sharded else weights
     resuming = state * share if sharded else ranks * state
-    return Host(ranks * RANK_GPU_GIB, ranks * largest, offloaded, saving, resuming, ram_disk_gib)
+    whole_gib = facts.parameters * 4 / GIB
+    # FSDP2's ranks of a node load one after the other, ZeRO 3's at once; then a shard stays on the GPU
+    loading = {"fsdp": whole_gib, "zero3": ranks * whole_gib}.get(preset.parallelism, ranks * largest)
+    return Host(ranks * RANK_GPU_GIB, loading, offloaded, saving, resuming, snapshot, ram_disk_gib)
 
 
 def careless_loading_gib(facts: ModelFacts, ranks_per_node: int = 1) -> float:

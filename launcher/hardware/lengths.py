@@ -12,13 +12,15 @@ VARLEN_ATTENTION = ("flash2", "flash3", "xformers", "flex")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Token lengths of the samples after cutting."""
+    """Token lengths of the samples after cutting; with packing documents those of the documents in the rows."""
 
     bin_tokens: int
     counts: tuple[int, ...]
-    """Number k: samples of bin_tokens·k + 1 … bin_tokens·(k + 1) tokens."""
+    """Number k: those of bin_tokens·k + 1 … bin_tokens·(k + 1) tokens."""
     cut_share: float = 0.0
     """Share of the documents' tokens that was cut at the sequence length."""
+    per_sample: float = 1.0
+    """Documents of a packed row, on average."""
 
     @property
     def mean(self) -> float:
@@ -52,7 +54,8 @@ def lengths_of(staged: Staged | None) -> Lengths | None:
     """None without staged data, or where it was staged before lengths were kept."""
     if staged is None or not sum(staged.length_counts):
         return None
-    return Lengths(staged.length_bin_tokens, tuple(staged.length_counts), staged.cut_share)
+    per_sample = sum(staged.length_counts) / staged.train_samples
+    return Lengths(staged.length_bin_tokens, tuple(staged.length_counts), staged.cut_share, per_sample)
 
 
 def shape_of(packing: str, attention: str, sequence_length: int, micro_batch: int, lengths: Lengths | None) -> Shape:
@@ -61,15 +64,17 @@ def shape_of(packing: str, attention: str, sequence_length: int, micro_batch: in
     if packing == "concatenate":
         return Shape(full, 1.0, full, False)
     if packing == "documents":
-        within = lengths.mean_square / lengths.mean if lengths is not None and varlen else full
-        return Shape(full, 1.0, min(full, within), not varlen)
+        if lengths is None:
+            return Shape(full, 1.0, full, not varlen)
+        within = lengths.mean_square / lengths.mean if varlen else full
+        return Shape(full, min(1.0, lengths.mean * lengths.per_sample / full), min(full, within), not varlen)
     if lengths is None:
         if packing == "flatten" and not varlen:
             return Shape(full, 1.0, full * micro_batch, True)
-        return Shape(full, 1.0 if packing == "flatten" else None, full, packing == "none" and attention not in ("flash2", "flash3"))
+        return Shape(full, 1.0 if packing == "flatten" else None, full, packing == "none" and not varlen)
     mean = min(full, lengths.mean)
     if packing == "none":
-        return Shape(full, mean / full, full, mean < 0.99 * full and attention not in ("flash2", "flash3"))
+        return Shape(full, mean / full, full, mean < 0.99 * full and not varlen)
     own = min(full, lengths.mean_square / lengths.mean)
     if varlen:
         return Shape(mean, 1.0, own, False)

@@ -17,7 +17,9 @@ from launcher.hardware.activations import (
     Kernel,
     evaluation_bytes,
     layer_backward,
+    layer_kept,
     layer_saved,
+    layer_working,
     loss_bytes,
     outer_saved,
 )
@@ -142,7 +144,11 @@ def _masks(preset: Preset) -> tuple[bool, ...]:
 def _parts(preset: Preset, facts: ModelFacts, hardware: Hardware, layout: Layout) -> list[Part]:
     if preset.parallelism != "device_map" or layout.gpus_per_node < 2 or hardware.gpu is None:
         return [whole(facts)]
-    state = 1.0 if isinstance(preset.adapter, Lora) else {"adamw": 4.0, "adamw_8bit": 2.5, "adafactor": 2.0}[preset.training.optimizer]
+    state = (
+        1.0
+        if isinstance(preset.adapter, Lora)
+        else {"adamw": 4.0, "adamw_fused": 4.0, "adamw_8bit": 2.5, "adafactor": 2.0}[preset.training.optimizer]
+    )
     parts = split(facts, layout.gpus_per_node, hardware.gpu.memory_gib * GIB * 0.9 / state)
     return parts if parts is not None else [whole(facts)]
 
@@ -154,7 +160,7 @@ def _compute(
     half = training.dtype != "fp32"
     adapter = preset.adapter if isinstance(preset.adapter, Lora) else None
     kernel = _kernel(attention, facts, half=half, masked=masked, capability=capability, repeats=repeats)
-    joined = preset.data.packing in ("flatten", "documents")
+    joined = preset.data.packing == "flatten"
     return Compute(
         rows=1 if joined else rows,
         length=training.sequence_length * (rows if joined else 1),
@@ -162,14 +168,23 @@ def _compute(
         autocast=training.dtype in ("bf16", "fp16") and preset.parallelism not in SHARDED,
         kernel=kernel,
         masked=masked and attention in ("sdpa", "eager"),
-        repeats_kv=1 < facts.kv_heads < facts.heads and attention == "sdpa" and (masked or repeats),
-        checkpointing=training.activation_checkpointing == "full",
+        repeats_kv=_repeats_kv(attention, facts, asked=masked or repeats),
+        checkpointing=training.activation_checkpointing != "none",
+        selective=training.activation_checkpointing == "selective",
         dropout=facts.dropout,
         adapted=None if adapter is None else targets(facts, adapter),
         rank=0 if adapter is None else adapter.rank,
         adapter_dropout=adapter is not None and adapter.dropout > 0,
         dora=adapter is not None and adapter.kind == "dora",
+        quantised=adapter is not None and adapter.kind == "qlora",
     )
+
+
+def _repeats_kv(attention: str, facts: ModelFacts, *, asked: bool) -> bool:
+    """Whether keys and values are copied out to all heads. ``asked``: sdpa got a mask, or transformers is old."""
+    if attention == "flex":  # transformers does, where the number of heads is no power of 2
+        return facts.kv_heads < facts.heads and facts.heads & (facts.heads - 1) != 0
+    return 1 < facts.kv_heads < facts.heads and (attention == "xformers" or (attention == "sdpa" and asked))
 
 
 def _kernel(attention: str, facts: ModelFacts, *, half: bool, masked: bool, capability: str | None, repeats: bool) -> Kernel:
@@ -195,13 +210,14 @@ def _moments(
     held, saved = hold(preset, facts, part, world_size), layer_saved(facts, training)
     loss = loss_bytes(facts, training, preset.training.cross_entropy)
     trained = training.adapted is None
+    trained_head = trained or (isinstance(preset.adapter, Lora) and "lm_head" in (preset.adapter.modules_to_save or []))
     stream, narrow = (training.tokens * facts.hidden * size for size in (training.r, training.h))
     vocabulary = facts.vocab * facts.hidden if part.head else 0
     head_copy = vocabulary * HALF if training.autocast else 0
     copies = head_copy + part.layers * saved.copies
     standing = held.gradients(part.layers) if micro_steps > 1 else 0.0  # what earlier micro steps left
-    kept_by_layer = stream if training.checkpointing else saved.attention + saved.mlp
-    outside = outer_saved(facts, training) + stream
+    kept_by_layer, in_pieces = layer_kept(facts, training, saved), preset.training.cross_entropy != "plain"
+    outside, working = outer_saved(facts, training) + stream, layer_working(facts, training)
     kept = outside + part.layers * kept_by_layer
 
     def moment(
@@ -212,25 +228,31 @@ def _moments(
     if part.head:
         # autocast holds on to its copies of trained weights until the forward pass ends, whether a layer keeps them or not
         cached = copies if trained or not training.checkpointing else head_copy
-        yield moment("forward", activations=kept, logits=loss.in_model, gradients=standing, copied=cached)
+        yield moment("forward", activations=kept + working, logits=loss.in_model, gradients=standing, copied=cached)
         copied = head_copy if training.checkpointing else copies
-        yield moment("loss", activations=kept, logits=max(loss.forward, loss.backward), gradients=standing, copied=copied)
-        gradient = vocabulary * training.h if trained else 0
+        gradient = vocabulary * training.h if trained_head else 0
+        if in_pieces:  # inside the model's forward pass; the head's gradient is added up in fp32 while there are logits
+            made = standing + (vocabulary * FP32 if trained_head else 0)
+            yield moment("loss", activations=kept + stream, logits=loss.forward, gradients=made, copied=cached)
+            made += gradient if training.half else 0
+            yield moment("loss, head", activations=kept + stream, logits=loss.backward, gradients=made, copied=cached)
+        else:
+            yield moment("loss", activations=kept, logits=max(loss.forward, loss.backward), gradients=standing, copied=copied)
         yield moment("head", activations=kept + narrow, logits=loss.to_head, gradients=standing + gradient, copied=copied)
         if training.autocast:
-            gradient += vocabulary * FP32 if trained else 0
+            gradient += vocabulary * FP32 if trained_head else 0
             yield moment("head, cast", activations=kept + narrow + stream, gradients=standing + gradient, copied=copied - head_copy)
     waiting = vocabulary * FP32 if facts.tied and trained else 0  # a tied head's gradient, until the embedding's is there too
     for layer in range(part.layers, 0, -1):
         done = 0.0 if standing else (part.layers - layer) * held.layer_gradient + held.head_gradient
-        recomputed = saved.attention + saved.mlp if training.checkpointing else 0
+        recomputed = saved.attention + saved.mlp - (kept_by_layer - stream) if training.checkpointing else 0
         yield moment(
             "backward",
-            activations=outside + layer * kept_by_layer + recomputed + layer_backward(facts, training, saved),
+            activations=outside + layer * kept_by_layer + recomputed + working + layer_backward(facts, training, saved),
             gradients=(standing or done) + waiting,
             copied=saved.copies * (1 if training.checkpointing else layer),
         )
-    if part.embedding and trained:
+    if part.embedding and (trained or held.embedding_gradient):
         gradients = standing or held.gradients(part.layers) - held.embedding_gradient
         sums = 3 if waiting else 1  # of a tied one: the head's gradient, the embedding's, and their sum
         yield moment("embedding", activations=stream, gradients=gradients + sums * facts.vocab * facts.hidden * FP32)
@@ -238,6 +260,7 @@ def _moments(
     if evaluation.tokens:
         activations, logits = evaluation_bytes(facts, evaluation)
         cached = copies if trained else head_copy + saved.copies
-        given = evaluation.tokens * facts.vocab * evaluation.h if part.head else 0
+        given = evaluation.tokens * facts.vocab * evaluation.h if part.head and not in_pieces else 0
+        logits = loss_bytes(facts, evaluation, preset.training.cross_entropy).forward if in_pieces else logits
         yield moment("evaluation", activations=activations, logits=given, copied=cached)
         yield moment("evaluation, loss", activations=stream, logits=logits if part.head else 0)

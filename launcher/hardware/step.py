@@ -1,7 +1,7 @@
 """Seconds of one optimizer step, term by term, from shapes, data-sheet figures and few fitted constants. Pure; no torch, no clock.
 
 matmul         FLOP of the linear layers and the head ÷ (dense peak × efficiency of the GPU kind); forward 2·N, backward 4·N a token,
-               2·N with frozen weights (LoRA), and the layers' forward pass once more under activation checkpointing
+               2·N with frozen weights (LoRA), and the layers' forward pass once more under full activation checkpointing
 attention      kernels that keep no scores: FLOP, backward 2.5 × forward (it computes the scores again), half where the kernel skips what
                a causal mask hides. eager: FLOP of all S×S, and the bytes of its scores ÷ bandwidth
 elementwise    bytes of everything between the matrix products ÷ bandwidth, backward twice the forward
@@ -61,8 +61,10 @@ LINK = {"nvlink": 0.75, "pcie": 0.3}
 """Share of the link that NCCL reaches as bus bandwidth: 230 of 300 GB/s on 8 A100; PCIe through the host about 10 of 31.5; assumed."""
 EXPOSED = 0.1
 """Least share of communication that nothing hides: the last bucket."""
-OPTIMIZER_BYTES = {"adamw": 80.0, "adamw_8bit": 30.0, "adafactor": 100.0}
+OPTIMIZER_BYTES = {"adamw": 80.0, "adamw_fused": 28.0, "adamw_8bit": 30.0, "adafactor": 100.0}
 """Per trained parameter: torch's and transformers' steps, kernel by kernel."""
+PURE_BYTES = 90.0
+"""Per trained parameter, beside them: bf16_pure's copies to fp32, noise and rounding."""
 CLIP_BYTES = 12.0
 """Gradient norm, scaling, clearing."""
 HOST_GB_S = 100.0
@@ -183,7 +185,8 @@ class _Rank:
         self.sharded = preset.parallelism in SHARDED
         self.autocast = self.half and not self.sharded and self.dtype != "bf16_pure"
         self.precision = Precision(2 if self.half else 4, 2 if self.half and not self.autocast else 4)
-        self.checkpointing = preset.training.activation_checkpointing == "full"
+        self.checkpointing = preset.training.activation_checkpointing != "none"
+        self.selective = preset.training.activation_checkpointing == "selective"
         self.lora = preset.adapter if isinstance(preset.adapter, Lora) else None
         self.gpu: Gpu | None = hardware.gpu if layout.gpus_per_node else None
         self.rate = self._rate()
@@ -220,11 +223,10 @@ class _Rank:
         between = elementwise_bytes(self.facts, self.precision) + self._adapter_bytes()
         moved = 2 * between + self._logits_bytes() * 2 / 3
         if self.checkpointing:
-            matmul += 2.0 * layer_parameters(self.facts) + self._adapter_flops()
-            attention += self._attention(1.0, 0)
             moved += between
-        if self.preset.training.cross_entropy == "chunked":
-            matmul += 2.0 * self.facts.vocab * self.facts.hidden
+            kept = self.selective and self.kernel != "eager"
+            attention += 0.0 if kept else self._attention(1.0, 0)
+            matmul += 0.0 if self.selective else 2.0 * layer_parameters(self.facts) + self._adapter_flops()
         return matmul / self.rate, attention, self._moved(moved)
 
     def _attention(self, passes: float, backward: int) -> float:
@@ -317,6 +319,8 @@ class _Rank:
     def optimizer(self) -> float:
         share = self.trained / (self.world if self.sharded else 1)
         moved = share * (OPTIMIZER_BYTES[self.preset.training.optimizer] + CLIP_BYTES)
+        if self.dtype == "bf16_pure":
+            moved += share * PURE_BYTES
         if self.preset.offload == "none":
             return self._moved(moved)
         return moved * self.layout.ranks_per_node / (HOST_GB_S * 1e9)

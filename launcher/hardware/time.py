@@ -7,7 +7,7 @@ from dataclasses import asdict
 from launcher.hardware import cadence
 from launcher.hardware.flops import flops_per_token
 from launcher.hardware.lengths import Lengths, shape_of
-from launcher.hardware.step import missing_fact, peak_dtype, predict_evaluation, predict_step, step_parts
+from launcher.hardware.step import BANDWIDTH, SHARDED, missing_fact, peak_dtype, predict_evaluation, predict_step, step_parts
 from launcher.plan import Batch, Layout, Time, total_steps
 from launcher.preset.hardware import Hardware
 from launcher.preset.model import ModelFacts
@@ -19,6 +19,8 @@ __all__ = ["missing_fact", "predict_step", "predict_time", "step_parts"]
 START_CPU_S, START_GPU_S = 15.0, 60.0
 """One life before its weights are read: processes, imports (torch and transformers 13 s on 2 shared cores), the devices, their first
 meeting. The first measured here, the second the goal for a start; not fitted."""
+COPY_RAM_GB_S = 3.0
+"""Copying from RAM to RAM; assumed."""
 WARM_UP_S = 10.0
 """What the first steps of a life on GPUs take longer: kernels loaded, memory pools grown, buckets rebuilt; assumed."""
 
@@ -51,6 +53,7 @@ def predict_time(
     tokens_s = batch.effective_batch * shape.tokens / step_s
     peak = hardware.gpu.peak_tflops[peak_dtype(preset)] if hardware.gpu is not None and gpus else None
     stop_s = cadence.save_s(checkpoint_gib, site.checkpoint_write_gb_s)
+    waits_s = _copy_s(preset, hardware, checkpoint_gib) if preset.checkpoint.asynchronous else stop_s
     startup_s = _startup_s(facts, site, gpus, checkpoint_gib)
     steps = None if num_samples is None else total_steps(num_samples, preset.training.epochs, batch.effective_batch)
     evaluation_s = saving_s = total_s = None
@@ -59,13 +62,13 @@ def predict_time(
         each = predict_evaluation(preset, facts, hardware, layout, attention, eval_samples, lengths) if eval_samples else 0.0
         evaluation_s = each * cadence.num_evaluations(preset.evaluation.every, steps, preset.training.epochs)
         saves = _num_checkpoints(preset, steps, steps * step_s + evaluation_s)
-        saving_s = saves * stop_s
+        saving_s = (saves - 1) * waits_s + stop_s  # nothing is left to train beside the last one
         work_s = steps * step_s + evaluation_s + saving_s
         limit_s = None if time_limit_min is None else 60.0 * time_limit_min
         lives = cadence.num_lives(work_s, limit_s, startup_s, signal_lead_s, step_s)
         total_s = work_s + (lives or 1) * startup_s
     between_s = None if preempted_every_min is None else 60.0 * preempted_every_min
-    best_s = None if between_s is None or stop_s == 0 else cadence.daly_interval_s(stop_s, between_s)
+    best_s = None if between_s is None or waits_s == 0 else cadence.daly_interval_s(waits_s, between_s)
     return Time(
         step_s=step_s,
         steps=steps,
@@ -85,9 +88,17 @@ def predict_time(
         num_checkpoints=saves,
         checkpoint_stop_s=stop_s,
         best_checkpoint_min=None if best_s is None else best_s / 60,
-        best_loss_share=_loss(best_s, stop_s, between_s, startup_s),
-        expected_loss_share=_loss(_interval_s(total_s, saves), stop_s, between_s, startup_s),
+        best_loss_share=_loss(best_s, waits_s, between_s, startup_s),
+        expected_loss_share=_loss(_interval_s(total_s, saves), waits_s, between_s, startup_s),
     )
+
+
+def _copy_s(preset: Preset, hardware: Hardware, checkpoint_gib: float) -> float:
+    """What training waits for of an asynchronous checkpoint: the copy in RAM, over PCIe from a GPU."""
+    sharded = preset.parallelism in SHARDED
+    ranks = preset.nodes * (preset.ranks_per_node or max(preset.gpus, 1)) if sharded else 1
+    gb_s = hardware.gpu.pcie_gb_s * BANDWIDTH if hardware.gpu is not None and preset.gpus else COPY_RAM_GB_S
+    return checkpoint_gib * 1.073741824 / ranks / gb_s
 
 
 def _startup_s(facts: ModelFacts, site: Site, gpus: int, checkpoint_gib: float) -> float:

@@ -17,7 +17,8 @@ from launcher.plan import BIND, Container
 
 _SYSTEM = "HOME LANG LOGNAME PATH SHELL TERM TZ USER http_proxy https_proxy no_proxy HTTP_PROXY HTTPS_PROXY NO_PROXY HF_TOKEN"
 _RANK = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT CUDA_DEVICE_ORDER CUDA_VISIBLE_DEVICES GPU_DEVICE_ORDINAL"
-KEPT_NAMES = frozenset([*_SYSTEM.split(), *_RANK.split()])
+_TRACKING = "WANDB_API_KEY WANDB_BASE_URL MLFLOW_TRACKING_URI MLFLOW_TRACKING_USERNAME MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN"
+KEPT_NAMES = frozenset([*_SYSTEM.split(), *_RANK.split(), *_TRACKING.split()])
 """What a process in a container sees of the host's environment, beside ``KEPT_PREFIXES``. Apptainer replaces PATH by the image's own."""
 
 KEPT_PREFIXES = (

@@ -12,12 +12,14 @@ from launcher.preset.tree import Node, put
 
 def with_absolute_paths(tree: Node, cwd: Path, findings: list[Finding]) -> Node:
     """Local paths count from the file that says them, or from ``cwd`` where the command line says them."""
-    for mapping, name in (("model", "path"), ("data", "path"), ("stack", "image")):
-        entry = tree.value.get(mapping) if isinstance(tree.value, dict) else None
-        node = entry.value.get(name) if entry is not None and isinstance(entry.value, dict) else None
-        if node is None or not isinstance(node.value, str) or (mapping == "data" and node.value == "stdlib"):
+    sources = _at_key(tree, ("data", "sources"))
+    number = len(sources.value) if sources is not None and isinstance(sources.value, list) else 0
+    keys = [("model", "path"), ("data", "path"), *(("data", "sources", str(at), "path") for at in range(number)), ("stack", "image")]
+    for names in keys:
+        node = _at_key(tree, names)
+        if node is None or not isinstance(node.value, str) or (names[0] == "data" and node.value == "stdlib"):
             continue
-        key = f"{mapping}.{name}"
+        key = ".".join(names)
         if any(finding.key == key for finding in findings):  # a secret, not to be looked for
             continue
         folder = cwd if node.where.line is None else Path(node.where.file).resolve().parent
@@ -27,11 +29,20 @@ def with_absolute_paths(tree: Node, cwd: Path, findings: list[Finding]) -> Node:
             if place := writable_by_all(path):
                 hint = f"chmod o-w {place}, or a copy of your own"
                 findings.append(_at("writable-by-all", f"everybody can write {place}", node, key, hint))
-            tree = put(tree, (mapping, name), Node(str(path), node.where))
+            tree = put(tree, names, Node(str(path), node.where))
         except (OSError, RuntimeError, ValueError) as error:
             code, message, reason = _why_not(node.value, error)
             findings.append(_at(code, message, node, key, reason))
     return tree
+
+
+def _at_key(node: Node | None, names: tuple[str, ...]) -> Node | None:
+    for name in names:
+        if node is None:
+            return None
+        entries = {str(at): entry for at, entry in enumerate(node.value)} if isinstance(node.value, list) else node.value
+        node = entries.get(name) if isinstance(entries, dict) else None
+    return node
 
 
 def _why_not(text: str, error: OSError | RuntimeError | ValueError) -> tuple[str, str, str | None]:

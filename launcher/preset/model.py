@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field
 
 from launcher.preset.fields import Frozen, Text
-from launcher.preset.schema import RepoName
-from launcher.supported import LORA_TARGETS
+from launcher.preset.schema import Lora, RepoName
+from launcher.supported import LORA_TARGETS, SAVEABLE_MODULES
 
 Positive = Annotated[int, Field(gt=0)]
 Architecture = Literal["starcoder2", "gpt_bigcode", "llama"]
@@ -36,6 +36,8 @@ class ModelFacts(Frozen):
     vocab: Positive
     context: Positive
     """Longest sequence, tokens."""
+    sliding_window: Positive | None = None
+    """Tokens that a position sees at most, itself among them; none: all before it."""
     tied: bool
     """The head is the embedding."""
     gated: bool = False
@@ -99,6 +101,23 @@ def num_lora_parameters(facts: ModelFacts, rank: int, targets: list[str] | None)
     return facts.layers * rank * sum(matrix.rows + matrix.columns for matrix in chosen)
 
 
+def num_saved_parameters(facts: ModelFacts, modules: list[str] | None) -> tuple[int, int, int]:
+    """Parameters of ``adapter.modules_to_save``: of one decoder layer, of the embeddings, of the head and the last norm."""
+    places = [SAVEABLE_MODULES[facts.architecture].get(name) for name in modules or []]
+    norm = facts.hidden * (1 if facts.architecture == "llama" else 2)
+    table = facts.vocab * facts.hidden
+    embedding = table * places.count("embedding") + facts.context * facts.hidden * places.count("positions")
+    return norm * places.count("layer norm"), embedding, table * places.count("head") + norm * places.count("norm")
+
+
+def num_adapter_parameters(facts: ModelFacts, adapter: Lora) -> int:
+    """All that is trained with an adapter: its matrices, DoRA's magnitudes (one for each output), whole modules."""
+    names = adapter.targets or LORA_TARGETS[facts.architecture]
+    rows = sum(matrix.rows for matrix in layer_matrices(facts) if matrix.name in names) if adapter.kind == "dora" else 0
+    layer, embedding, head = num_saved_parameters(facts, adapter.modules_to_save)
+    return num_lora_parameters(facts, adapter.rank, adapter.targets) + facts.layers * (rows + layer) + embedding + head
+
+
 _DEFAULTS: dict[str, dict[str, Any]] = {
     # What the config classes of transformers 4.41 and 5.x fill in where config.json says nothing.
     "starcoder2": {
@@ -149,6 +168,7 @@ def facts_of_config(config: Mapping[str, Any]) -> ModelFacts | None:
         source="config", architecture=family, parameters=1, layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads,
         intermediate=intermediate, vocab=value["vocab_size"], context=context, tied=bool(value["tie_word_embeddings"]), linear_layers=[],
         dropout=isinstance(rate, (int, float)) and rate > 0,
+        sliding_window=config.get("sliding_window") if family == "starcoder2" else None,
     )  # fmt: skip
     names = list(dict.fromkeys(matrix.name for matrix in layer_matrices(draft)))
     return draft.model_copy(update={"parameters": num_parameters(draft), "linear_layers": names})

@@ -15,6 +15,7 @@ from launcher.preset.fields import Duration, Frozen, Name, Partitions, SizeGib, 
 Attention = Literal["auto", "eager", "sdpa", "flash2", "flash3", "xformers", "flex"]
 Parallelism = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3", "device_map"]
 Packing = Literal["none", "flatten", "documents", "concatenate"]
+Format = Literal["text", "prompt_completion", "chat", "fim"]
 Dtype = Literal["fp32", "bf16", "bf16_pure", "fp16"]
 
 RepoName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=96)]
@@ -56,7 +57,9 @@ class Model(Frozen):
         return self
 
 
-class Data(Frozen):
+class Source(Frozen):
+    """One of several sources of samples. What it leaves out of format, glob and columns is as ``data`` has it."""
+
     name: RepoName | None = None
     """Data set on the hub. Exactly one of name and path is given."""
     revision: Word = "main"
@@ -64,40 +67,116 @@ class Data(Frozen):
     subset: Word | None = None
     """The data set's configuration name."""
     path: Text | None = None
-    """A JSONL or Parquet file, a folder of such files, or a folder of source files. ``stdlib``: the Python sources of the
-    standard library of the interpreter that stages (data that is at hand everywhere, for tests and demos)."""
-    glob: Text = "**/*.py"
-    """Which files of a folder of source files are samples."""
-    text_column: Word = "content"
-    """Column of the data set that holds the text; files of source code have none."""
-    append_eos: bool = True
-    """Put the tokenizer's EOS after each document that is not cut, so that the model learns to stop."""
-    packing: Packing = "none"
-    """none: pad to the sequence length. flatten: the same samples, no pads computed. documents: packed, borders kept.
-    concatenate: packed with EOS between documents, borders ignored."""
-    num_samples: Annotated[int, Field(gt=0)] | None = None
-    """Samples taken (the first ones after a seeded shuffle) before the evaluation share is split off. Unit: samples. Default: all."""
-    eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the samples that is held out when the data set has no split of the name ``evaluation.split``. Unit: share of 1."""
+    """As ``data.path``: a file, a folder, or ``stdlib``."""
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """This source's part of the training samples (documents, before packing), in proportion to the other weights. Unit: none."""
+    format: Format | None = None
+    """What its rows are. Default: data.format."""
+    glob: Text | None = None
+    """Which files of a folder of source files are samples. Default: data.glob."""
+    text_column: Word | None = None
+    """Column with the text. Default: data.text_column."""
+    prompt_column: Word | None = None
+    """Column with the prompt. Default: data.prompt_column."""
+    completion_column: Word | None = None
+    """Column with the completion. Default: data.completion_column."""
+    messages_column: Word | None = None
+    """Column with the messages. Default: data.messages_column."""
 
     @model_validator(mode="after")
-    def _one_source(self) -> Data:
+    def _one_source(self) -> Source:
         if (self.name is None) == (self.path is None):
             raise ValueError("give exactly one of name and path")
         return self
 
 
+class Data(Frozen):
+    name: RepoName | None = None
+    """Data set on the hub. Exactly one of name, path and sources is given."""
+    revision: Word = "main"
+    """Branch, tag or commit of the data set; resolved to a commit when staging and recorded."""
+    subset: Word | None = None
+    """The data set's configuration name."""
+    path: Text | None = None
+    """A JSONL or Parquet file, a folder of such files, or a folder of source files. ``stdlib``: the Python sources of the
+    standard library of the interpreter that stages (data that is at hand everywhere, for tests and demos)."""
+    sources: Annotated[list[Source], Field(min_length=1)] | None = None
+    """Several sources mixed by weight: each a mapping with name or path, and weight."""
+    glob: Text = "**/*.py"
+    """Which files of a folder of source files are samples."""
+    format: Format = "text"
+    """What a row is. text: a document, all of it learned. prompt_completion: two texts, only the completion is learned. chat: messages,
+    only the assistant's turns are learned. fim: a document, rearranged so that the model learns to fill in its middle."""
+    text_column: Word = "content"
+    """Column of the data set that holds the text (formats text and fim); files of source code have none."""
+    prompt_column: Word = "prompt"
+    """Column of the data set that holds the prompt (format prompt_completion)."""
+    completion_column: Word = "completion"
+    """Column of the data set that holds the completion (format prompt_completion)."""
+    messages_column: Word = "messages"
+    """Column of the data set that holds a conversation (format chat): a list of mappings with role and content."""
+    fim_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the documents that are rearranged (format fim). Unit: share of 1. Default: 0.5, as StarCoder was trained."""
+    fim_spm_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the rearranged documents in the order suffix, prefix, middle; the others: prefix, suffix, middle (format fim).
+    Unit: share of 1. Default: 0.5, as StarCoder was trained."""
+    append_eos: bool = True
+    """Put the tokenizer's EOS after each document that is not cut, so that the model learns to stop; it is a target like any token.
+    In format chat the template ends the turns, and none is added."""
+    long_documents: Literal["cut", "split"] = "cut"
+    """Documents longer than the sequence length. cut: the rest is left out. split: it becomes further documents of at most that length.
+    With packing concatenate documents spread over blocks, whatever this says."""
+    packing: Packing = "none"
+    """none: pad to the sequence length. flatten: the same samples, no pads computed. documents: packed, borders kept.
+    concatenate: packed with EOS between documents, borders ignored."""
+    num_samples: Annotated[int, Field(gt=0)] | None = None
+    """Documents taken (the first ones after a seeded shuffle) before the evaluation share is split off. Of several sources each gives
+    its part, again and again if it has too few. Unit: samples. Default: all; of several sources as many as need no repetition."""
+    eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the samples that is held out when the data set has no split of the name ``evaluation.split`` (of several sources: when
+    none has). Unit: share of 1."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if sum(value is not None for value in (self.name, self.path, self.sources)) != 1:
+            raise ValueError("give exactly one of name, path and sources")
+        for key, given in (("subset", self.subset is not None), ("revision", self.revision != "main")):
+            if self.sources is not None and given:
+                raise ValueError(f"{key}: belongs to name; each of the sources says its own")
+        formats = {self.format} if self.sources is None else {source.format or self.format for source in self.sources}
+        for key in ("fim_rate", "fim_spm_rate"):
+            if getattr(self, key) is not None and "fim" not in formats:
+                raise ValueError(f"{key}: has no effect with format {self.format}; set format: fim, or leave it out")
+        if any(source.prompt_column == source.completion_column for source in self.several):
+            raise ValueError("prompt_column: is the same as completion_column")
+        return self
+
+    @property
+    def several(self) -> tuple[Source, ...]:
+        """The sources, also where there is only one, with everything that they left out."""
+        own = {key: getattr(self, key) for key in _INHERITED}
+        if self.sources is None:
+            return (Source(name=self.name, revision=self.revision, subset=self.subset, path=self.path, **own),)
+        return tuple(
+            source.model_copy(update={key: value for key, value in own.items() if getattr(source, key) is None}) for source in self.sources
+        )
+
+
+_INHERITED = ("format", "glob", "text_column", "prompt_column", "completion_column", "messages_column")
+
+
 class Training(Frozen):
     sequence_length: Annotated[int, Field(gt=1)]
-    """Tokens of one sample at most; longer documents are cut (none, flatten) or spread over blocks (concatenate). Unit: tokens."""
+    """Tokens of one sample at most; ``data.long_documents`` says what becomes of longer documents. Unit: tokens."""
     epochs: Annotated[float, Field(gt=0)] = 1
     """Passes over the training samples; a fraction ends in the middle of one. Unit: epochs."""
     effective_batch: Annotated[int, Field(gt=0)]
     """Samples of one optimizer step, over all ranks and micro steps; need not be a multiple of the ranks. Unit: samples."""
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
     """Samples that a rank holds at once at most; auto: the largest number that the memory model says fits. Unit: samples."""
-    optimizer: Literal["adamw", "adamw_8bit", "adafactor"] = "adamw"
-    """adamw: two fp32 moments per weight. adamw_8bit: the moments in 8 bits. adafactor: a factored second moment, no first one."""
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit", "adafactor"] = "adamw"
+    """adamw: two fp32 moments per weight. adamw_fused: the same in one kernel, equal but for the last bits. adamw_8bit: the moments in
+    8 bits. adafactor: a factored second moment, no first one."""
     learning_rate: Annotated[float, Field(gt=0)]
     """Highest learning rate, reached at the end of the warm-up. Unit: none. No default: it belongs to the model and the optimizer."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -116,13 +195,16 @@ class Training(Frozen):
     """Gradients are clipped to this 2-norm; 0 clips nothing (the norm is still recorded). Unit: none.
     Default: that of transformers' TrainingArguments."""
     dtype: Dtype = "bf16"
-    """fp32; bf16: fp32 master weights, bf16 compute; bf16_pure: weights in bf16; fp16: fp32 weights, fp16 compute, loss scaling."""
+    """fp32; bf16: fp32 master weights, bf16 compute; bf16_pure: weights, gradients and AdamW's moments in bf16, stochastically rounded;
+    fp16: fp32 weights, fp16 compute, loss scaling."""
     tf32: bool = False
     """Let fp32 matrix products use TF32 tensor cores."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: every decoder layer is computed again in the backward pass."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """full: every decoder layer is computed again in the backward pass. selective: only what is cheap, not its matrix products."""
+    compile: Literal["none", "layers"] = "none"
+    """layers: torch.compile of each decoder layer. The first steps of each life take minutes longer."""
     cross_entropy: Literal["plain", "chunked", "fused"] = "plain"
-    """plain: logits of the whole micro batch. chunked: of a piece at a time, computed again in the backward pass. fused: one kernel."""
+    """plain: logits of the whole micro batch. chunked: of a piece at a time. fused: the same with liger's kernel, on GPUs."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Determines order of samples, dropout and random start: the same seed gives the same run. Unit: none."""
 
@@ -143,7 +225,9 @@ class Lora(Frozen):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of an adapter's inputs that is dropped while training. Unit: share of 1."""
     targets: list[Word] | None = None
-    """Names of the linear layers that get an adapter; default by architecture."""
+    """Names of the linear layers that get an adapter; default: every linear layer of the decoder layers."""
+    modules_to_save: list[Word] | None = None
+    """Names of modules that are trained whole beside the adapters and saved with them: embeddings, an untied head, norms. Default: none."""
 
 
 class Evaluation(Frozen):
@@ -164,6 +248,8 @@ class Checkpoint(Frozen):
     """Timed and step checkpoints kept (never fewer than 2 checkpoints in all). Unit: checkpoints."""
     keep_epochs: Annotated[int, Field(ge=1)] | None = None
     """Epoch checkpoints kept. Unit: checkpoints. Default: all."""
+    asynchronous: bool = False
+    """Training waits only for a copy in RAM, which is written and committed beside it. Needs RAM for weights and optimizer state."""
     preempted_every: Duration | None = None
     """Mean time between two preemptions, for the advice on ``minutes``. Default: what the site says of the partition."""
 
@@ -194,6 +280,19 @@ class Limits(Frozen):
     """Automatic continuation stops when the run has used so many. Unit: GPU-hours. Default: no limit."""
 
 
+class Tracking(Frozen):
+    to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Trackers that get every record of ``metrics.jsonl`` as well; the image needs their packages. One that fails is left out of that
+    life with a warning: it never ends a training. Default: none."""
+    project: Name = "ftlaunch"
+    """W&B's project and MLflow's experiment."""
+    wandb: Literal["auto", "online", "offline"] = "auto"
+    """Whether W&B sends while training. offline: into ``<run>/tracking``, for ``wandb sync``. auto: online where the site says that the
+    partition has Internet, else offline."""
+    mlflow_uri: Text | None = None
+    """Server or folder of MLflow. Default: MLFLOW_TRACKING_URI of the environment, else a file in ``<run>/tracking``."""
+
+
 class OwnImage(Frozen):
     image: Text
     """An Apptainer image that the user brings; verified against nothing but that it can train."""
@@ -211,7 +310,7 @@ class Preset(Frozen):
     training: Training
     """Batch, optimizer, schedule, precision."""
     attention: Attention = "auto"
-    """Kernel of the attention. auto: sdpa where the stack has it, else eager."""
+    """Kernel of the attention. auto: the fastest that GPU, dtype, stack and model allow; the plan says which and why."""
     adapter: Literal["none"] | Lora = "none"
     """none: all weights are trained. A mapping: low-rank adapters are."""
     parallelism: Parallelism = "ddp"
@@ -223,6 +322,8 @@ class Preset(Frozen):
     """When and on what the evaluation loss is computed."""
     checkpoint: Checkpoint = Checkpoint()
     """When checkpoints are written and how many are kept."""
+    tracking: Tracking = Tracking()
+    """TensorBoard, W&B and MLflow beside ``metrics.jsonl``."""
     hardware: Name
     """Name of a file in presets/hardware, or in ~/.config/ftlaunch/hardware."""
     nodes: Annotated[int, Field(gt=0)] = 1

@@ -57,7 +57,7 @@ Key: TypeAlias = tuple[str, ...]
 
 ALTERNATIVES: Mapping[Key, Mapping[str, tuple[str, ...]]] = {
     ("model",): {"name": ("revision",), "path": (), "config": ("tokenizer",)},
-    ("data",): {"name": ("revision", "subset"), "path": ("glob",)},
+    ("data",): {"name": ("revision", "subset"), "path": ("glob",), "sources": ()},
 }
 """Sources of which a preset has exactly one, each with the keys that belong to it alone."""
 
@@ -252,16 +252,23 @@ def _without_replaced(base: dict[str, Node], over: dict[str, Node], key: Key) ->
 
 
 def put(node: Node, key: Key, value: Node) -> Node:
-    """The tree with ``value`` at ``key``, which exists, and everything else as it is."""
+    """The tree with ``value`` at ``key``, which exists, and everything else as it is. An entry of a list has its number for a key."""
     if not key:
         return value
+    if isinstance(node.value, list):
+        number = int(key[0])
+        return Node([put(child, key[1:], value) if at == number else child for at, child in enumerate(node.value)], node.where)
     assert isinstance(node.value, dict)
     return Node({**node.value, key[0]: put(node.value[key[0]], key[1:], value)}, node.where)
 
 
 def without_nulls(node: Node, key: Key = ()) -> Node:
     """The tree without the keys that are null: their defaults hold."""
-    if not isinstance(node.value, dict) or key[: len(FREE)] == FREE:
+    if key[: len(FREE)] == FREE:
+        return node
+    if isinstance(node.value, list):
+        return Node([without_nulls(child, key) for child in node.value], node.where)
+    if not isinstance(node.value, dict):
         return node
     return Node({name: without_nulls(child, (*key, name)) for name, child in node.value.items() if child.value is not None}, node.where)
 

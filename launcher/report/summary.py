@@ -58,6 +58,7 @@ def table(run: Run) -> list[tuple[str, str]]:
     found = summary(run)
     best = f"{found.best_eval_loss:.4f} at step {found.best_eval_step}" if found.best_eval_loss is not None else None
     rows = [
+        ("trained parameters", _share(run)),
         ("steps", f"{found.steps}"),
         ("epochs", f"{found.epochs:.2f}"),
         ("first train loss", _number(found.first_train_loss, ".4f")),
@@ -70,6 +71,14 @@ def table(run: Run) -> list[tuple[str, str]]:
         ("wall time", _duration(found.wall_s)),
     ]
     return [(what, value) for what, value in rows if value is not None]
+
+
+def _share(run: Run) -> str | None:
+    counted = run.events("parameters")
+    if not counted:
+        return None
+    trained, everything = counted[-1]["trained"], counted[-1]["all"]
+    return f"{trained:,} of {everything:,} ({100 * trained / everything:.3g} %)"
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str | None:

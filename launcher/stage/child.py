@@ -1,4 +1,4 @@
-"""Both ends of a staging process: starting one (on the host, in the container or not) and being one. Standard library only (Python 3.9).
+"""Starting a child process that needs the stack's libraries, on the host or in the container. What it is like inside is ``launcher.serve``.
 
 A child gets the path of a request (JSON) and answers on its stdout, one JSON object a line: ``progress`` any number of times, then
 ``result`` or ``error`` once. Its stderr, where the libraries talk, goes to a log.
@@ -6,32 +6,23 @@ A child gets the path of a request (JSON) and answers on its stdout, one JSON ob
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import subprocess
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from launcher import errors
 from launcher.errors import ActionError, Finding, FtlaunchError, MissingError
 from launcher.files import write_json
 from launcher.plan import Container
-
-Say = Callable[[str], None]
-"""Takes one line of progress."""
-Work = Callable[[dict[str, Any], Say], dict[str, Any]]
+from launcher.serve import TOKENS, Say
 
 PACKAGE = Path(__file__).resolve().parent.parent
 IN_IMAGE = "/opt/ftlaunch"
 """Where the package is bound in the container."""
 
-TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -47,10 +38,11 @@ class Where:
     say: Say
 
     def run(
-        self, module: Literal["fetch", "prepare"], request: Mapping[str, Any], *, scratch: Path, log: Path, reads: Sequence[Path] = ()
+        self, module: str, request: Mapping[str, Any], *, scratch: Path, log: Path, reads: Sequence[Path] = (), doing: str = "staging"
     ) -> dict[str, Any]:
-        """Run ``launcher.stage.<module>`` on a request and give its result. ``reads``: what it needs to see beside the data folder.
+        """Run ``launcher.<module>`` on a request and give its result.
 
+        ``reads``: what it needs to see beside the data folder. ``doing``: what is said to have failed.
         Errors: those of the child; ActionError when it died without a word, MissingError when it could not be started.
         """
         scratch.mkdir(parents=True, exist_ok=True)
@@ -63,7 +55,7 @@ class Where:
                 process = subprocess.Popen(argv, env=environ, cwd=scratch, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
         except OSError as error:
             raise MissingError(f"{argv[0]} cannot be started: {error.strerror}", code="no-interpreter") from error
-        return self._listen(process, log)
+        return self._listen(process, log, doing)
 
     def _command(self, module: str, request: Path, scratch: Path, reads: Sequence[Path]) -> tuple[list[str], dict[str, str]]:
         own = {
@@ -77,14 +69,14 @@ class Where:
             "TOKENIZERS_PARALLELISM": "true",
         }
         environ = {name: value for name, value in self.environ.items() if not name.startswith("PYTHON")}
-        if module == "prepare":
+        if module != "stage.fetch":
             own.update(OFFLINE)
             environ = {name: value for name, value in environ.items() if name not in TOKENS}
         else:
             token = next((environ[name] for name in TOKENS if environ.get(name)), None)
             environ.update({"HF_TOKEN": token} if token else {})
             own.update({"HF_ENDPOINT": environ["HF_ENDPOINT"]} if "HF_ENDPOINT" in environ else {})
-        arguments = ["-m", f"launcher.stage.{module}", str(request)]
+        arguments = ["-m", f"launcher.{module}", str(request)]
         if self.container.use == "none":
             code = scratch / "code"  # a folder with this package only: the site-packages around it may belong to another environment
             code.mkdir(exist_ok=True)
@@ -101,7 +93,7 @@ class Where:
         argv = enter(self.container, self.container.image, ["python3", *arguments], binds=binds, env=own, cwd=str(scratch))
         return argv, clean_environment(environ)
 
-    def _listen(self, process: subprocess.Popen[bytes], log: Path) -> dict[str, Any]:
+    def _listen(self, process: subprocess.Popen[bytes], log: Path, doing: str) -> dict[str, Any]:
         answer: dict[str, Any] = {}
         try:
             assert process.stdout is not None and process.stdin is not None
@@ -131,51 +123,7 @@ class Where:
             return result
         how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
         hint = "signal 9 usually means that memory ran out" if code in (-9, 137) else _last_line(log)
-        raise ActionError(f"staging {how} without an answer", file=str(log), hint=hint or None)
-
-
-def serve(work: Work) -> int:
-    """The main function of a child: request in, answer out, no traceback outside the log. Gives the exit code."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print belongs into the log
-    if not sys.stdin.isatty():  # somebody trying it by hand has no parent to die with
-        threading.Thread(target=_end_with_parent, daemon=True).start()
-
-    def send(**message: Any) -> None:
-        answers.write(_redact(json.dumps(message)) + "\n")
-        answers.flush()
-
-    try:
-        request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-        send(result=work(request, lambda text: send(progress=text)))
-        return 0
-    except FtlaunchError as error:
-        send(error={"class": type(error).__name__, "findings": [finding.to_json() for finding in error.findings]})
-        return error.exit_code
-    except Exception as error:
-        sys.stderr.write(_redact(traceback.format_exc()))
-        failure = _action_error(error)
-        send(error={"class": "ActionError", "findings": [finding.to_json() for finding in failure.findings]})
-        return failure.exit_code
-
-
-def _end_with_parent() -> None:
-    """The parent holds the other end of stdin and never writes: end of file means that it is gone, however it went."""
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
-
-
-def _action_error(error: Exception) -> ActionError:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ActionError(f"no space left while staging: {error.strerror}", file=error.filename, code="disk-full")
-    if isinstance(error, MemoryError):
-        return ActionError("memory ran out while staging", code="out-of-memory")
-    if isinstance(error, ImportError):
-        return ActionError(
-            f"the interpreter that stages lacks a package: {error}", code="missing-package", hint="pip install 'ftlaunch[train]'"
-        )
-    return ActionError(f"staging failed: {type(error).__name__}: {_first_line(str(error))}")
+        raise ActionError(f"{doing} {how} without an answer", file=str(log), hint=hint or None)
 
 
 def _error_from(message: Mapping[str, Any], log: Path) -> FtlaunchError:
@@ -184,17 +132,6 @@ def _error_from(message: Mapping[str, Any], log: Path) -> FtlaunchError:
         findings[0] = replace(findings[0], file=str(log), hint="this log says more")
     error: FtlaunchError = getattr(errors, message["class"])(findings=findings)
     return error
-
-
-def _redact(text: str) -> str:
-    for name in TOKENS:
-        if os.environ.get(name):
-            text = text.replace(os.environ[name], f"<{name}>")
-    return text
-
-
-def _first_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[0][:500]
 
 
 def _last_line(log: Path) -> str:

@@ -1,23 +1,50 @@
-"""The documents: read from records, source files or a fetched data set into one Arrow file on disk, then chosen by seed.
+"""The documents of all sources: read once into Arrow files on disk, what is empty dropped, then chosen by seed and weight.
 
 Knows nothing of tokens. Runs in the staging process (Python 3.9; pyarrow and datasets).
 """
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UsageError
+from launcher.stage.formats import COLUMNS, document_of
+from launcher.stage.mixture import Chosen, Part, choose
+from launcher.stage.records import Rows, from_dataset, from_files, from_records
 from launcher.stage.sources import Local, find_stdlib, split_of
 
 COLUMN = "text"
 BATCH_CHARACTERS = 1 << 24
 BATCH_DOCUMENTS = 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from and what they are."""
+
+    source: dict[str, Any]
+    """``stdlib``; ``records`` or ``files`` with root and files; ``dataset`` with root and splits."""
+    format: str
+    columns: dict[str, str]
+    """Our name (``formats.COLUMNS``) → the data's."""
+    weight: float
+    label: str
+    key: str
+    """Of the preset: ``data`` or ``data.sources.N``."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which documents are used."""
+
+    num_samples: int | None
+    seed: int
+    eval_share: float
+    split: str
 
 
 @dataclass
@@ -33,81 +60,114 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Memory-mapped documents and which of them are used, in this order."""
+class Split:
+    """Memory-mapped documents of all sources laid end to end, and which of them are used, in this order."""
 
-    train: Any
-    """``datasets.Dataset`` with one column."""
-    train_order: list[int]
-    eval: Any
-    """None when nothing is held out."""
-    eval_order: list[int]
-    dropped: Dropped
+    stores: list[Any]
+    """One ``datasets.Dataset`` with one column for each source."""
+    formats: list[str]
+    order: list[int]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def documents(self, batch: int = 256) -> Iterator[list[tuple[str, str]]]:
+        """Format and content (as ``formats.document_of`` gave it) of the documents in this order, in batches."""
+        starts = [0]
+        for store in self.stores:
+            starts.append(starts[-1] + len(store))
+        for first in range(0, len(self.order), batch):
+            numbers = self.order[first : first + batch]
+            owners = [bisect_right(starts, number) - 1 for number in numbers]
+            contents: list[str] = [""] * len(numbers)
+            for owner in set(owners):
+                places = [place for place, of in enumerate(owners) if of == owner]
+                for place, text in zip(places, self.stores[owner][[numbers[place] - starts[owner] for place in places]][COLUMN]):
+                    contents[place] = text
+            yield [(self.formats[owner], text) for owner, text in zip(owners, contents)]
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Which documents are used."""
+class Documents:
+    train: Split
+    eval: Split
+    """Empty when nothing is held out."""
+    parts: list[Part]
+    """What each source gives."""
+    dropped: Dropped
 
-    text_column: str
-    num_samples: int | None
-    seed: int
-    eval_share: float
-    split: str
 
-
-def local_of(source: dict[str, Any]) -> Local:
+def local_of(source: Mapping[str, Any]) -> Local:
     """The files of a request's source."""
     return find_stdlib() if source["kind"] == "stdlib" else Local(source["kind"], source["root"], tuple(source["files"]))
 
 
-def read_documents(source: dict[str, Any], selection: Selection, scratch: Path) -> Documents:
+def read_documents(sources: Sequence[Source], selection: Selection, scratch: Path) -> Documents:
     """Read everything once, drop what is empty, choose. ``scratch`` keeps the Arrow files.
 
-    The evaluation documents are those of the split of that name where there is one, else the held-out share of the chosen ones.
-    Errors: UsageError naming file, line and key.
+    The evaluation documents are those of the sources' splits of that name; where no source has one, the held-out share of the chosen
+    ones. Errors: UsageError naming file, line or row, and key.
     """
     dropped = Dropped()
-    if source["kind"] == "dataset":
-        splits = {name: _from_dataset(Path(source["root"]) / name) for name in source["splits"]}
-        train, held_out = splits["train"], splits.get("eval")
+    trains, held_outs = [], []
+    for number, source in enumerate(sources):
+        train, held_out = _rows(source, selection.split, dropped)
+        trains.append(_store(_filled(source, train, dropped), scratch / f"train-{number}.arrow"))
+        held_outs.append(None if held_out is None else _store(_filled(source, held_out, dropped), scratch / f"eval-{number}.arrow"))
+    splits = [(source.format, store) for source, store in zip(sources, held_outs) if store is not None]
+    chosen: Chosen = choose(
+        [len(store) for store in trains],
+        [source.weight for source in sources],
+        num_samples=selection.num_samples,
+        eval_share=0.0 if splits else selection.eval_share,
+        seed=selection.seed,
+    )
+    formats = [source.format for source in sources]
+    if splits:
+        every = [store for _, store in splits]
+        evaluation = Split(every, [form for form, _ in splits], list(range(sum(map(len, every)))))
     else:
-        local = local_of(source)
-        names = local.files
-        if local.kind == "files":
-            train, held_out = _from_files(local, names, dropped), None
-        else:
-            eval_names = [name for name in names if split_of(name) == selection.split]
-            train_names = [name for name in names if name not in eval_names]
-            if not train_names:  # a single file may be called valid.jsonl
-                train_names, eval_names = eval_names, []
-            train = _from_records(local, train_names, selection.text_column)
-            held_out = _from_records(local, eval_names, selection.text_column) if eval_names else None
-    train_documents = _store(_filled(train, dropped), scratch / "train.arrow")
-    order = list(range(len(train_documents)))
-    random.Random(selection.seed).shuffle(order)
-    order = order[: selection.num_samples]
-    if held_out is not None:
-        eval_documents = _store(_filled(held_out, dropped), scratch / "eval.arrow")
-        return Documents(train_documents, order, eval_documents, list(range(len(eval_documents))), dropped)
-    if selection.eval_share == 0:
-        return Documents(train_documents, order, None, [], dropped)
-    num_held_out = max(1, round(len(order) * selection.eval_share))
-    return Documents(train_documents, order[:-num_held_out], train_documents, order[-num_held_out:], dropped)
+        evaluation = Split(trains, formats, chosen.held_out)
+    return Documents(Split(trains, formats, chosen.train), evaluation, chosen.parts, dropped)
 
 
-def texts(documents: Any, order: list[int], batch: int = 256) -> Iterator[list[str]]:
-    """The texts in this order, in batches."""
-    for start in range(0, len(order), batch):
-        yield documents[order[start : start + batch]][COLUMN]
+def _rows(source: Source, split: str, dropped: Dropped) -> tuple[Rows, Rows | None]:
+    """The rows for the training and those of the evaluation's split, None without one."""
+    kind, root = source.source["kind"], source.source.get("root", "")
+    if kind == "dataset":
+        held_out = from_dataset(Path(root) / "eval", f"{source.label} (eval)", source.key) if "eval" in source.source["splits"] else None
+        return from_dataset(Path(root) / "train", f"{source.label} (train)", source.key), held_out
+    local = local_of(source.source)
+    if local.kind == "files":
+        if COLUMNS[source.format] != ("text",):
+            raise UsageError(
+                f"{source.label} is source files, which have no columns",
+                key=f"{source.key}.format",
+                hint=f"format: text or fim, or JSONL with the columns {', '.join(source.columns.values())}",
+            )
+        return _skipping(local, dropped, source.key), None
+    eval_names = [name for name in local.files if split_of(name) == split]
+    train_names = [name for name in local.files if name not in eval_names]
+    if not train_names:  # a single file may be called valid.jsonl
+        train_names, eval_names = eval_names, []
+    train = from_records(local, train_names, source.columns, source.key)
+    return train, from_records(local, eval_names, source.columns, source.key) if eval_names else None
 
 
-def _filled(found: Iterable[str], dropped: Dropped) -> Iterator[str]:
-    for text in found:
-        if text and not text.isspace():
-            yield text
-        else:
+def _skipping(local: Local, dropped: Dropped, key: str) -> Rows:
+    skipped: list[str] = []
+    yield from from_files(local, local.files, skipped, key)
+    dropped.invalid_utf8 += len(skipped)
+    dropped.names = [*dropped.names, *skipped][:20]
+
+
+def _filled(source: Source, rows: Rows, dropped: Dropped) -> Iterator[str]:
+    for values, place in rows:
+        document = document_of(source.format, values, source.columns, place)
+        if document is None:
             dropped.empty += 1
+        else:
+            yield document
 
 
 def _store(found: Iterable[str], path: Path) -> Any:
@@ -132,83 +192,3 @@ def _batches(found: Iterable[str]) -> Iterator[list[str]]:
             yield batch
             batch, size = [], 0
     yield batch
-
-
-def _from_dataset(folder: Path) -> Iterator[str]:
-    from datasets import load_from_disk
-
-    for batch in load_from_disk(str(folder)).iter(batch_size=BATCH_DOCUMENTS):
-        yield from ("" if text is None else text for text in batch[COLUMN])
-
-
-def _from_files(local: Local, names: Iterable[str], dropped: Dropped) -> Iterator[str]:
-    for name in names:
-        try:
-            yield (Path(local.root) / name).read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            dropped.invalid_utf8 += 1
-            if len(dropped.names) < 20:
-                dropped.names.append(name)
-        except OSError as error:
-            raise UsageError(f"cannot be read: {error.strerror}", file=error.filename, key="data.path", code="unreadable") from None
-
-
-def _from_records(local: Local, names: Iterable[str], column: str) -> Iterator[str]:
-    for name in names:
-        file = Path(local.root) / name
-        yield from _from_parquet(file, column) if file.suffix == ".parquet" else _from_jsonl(file, column)
-
-
-def _from_jsonl(file: Path, column: str) -> Iterator[str]:
-    with open(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UsageError(
-                    f"is not UTF-8 (byte {error.start + 1} of the line)", file=str(file), line=number, key="data.path", code="not-utf8"
-                ) from None
-            except ValueError as error:
-                raise UsageError(
-                    f"is not JSON: {error}", file=str(file), line=number, key="data.path", hint="JSONL has one JSON object a line"
-                ) from None
-            if not isinstance(record, dict):
-                raise UsageError("is not a JSON object", file=str(file), line=number, key="data.path")
-            if column not in record:
-                raise no_column(column, list(record), str(file), number)
-            value = record[column]
-            if value is not None and not isinstance(value, str):
-                raise UsageError(f"{column} is not text but {type(value).__name__}", file=str(file), line=number, key="data.text_column")
-            yield value or ""
-
-
-def _from_parquet(file: Path, column: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(str(file)) as table:
-            schema = table.schema_arrow
-            if column not in schema.names:
-                raise no_column(column, schema.names, str(file))
-            kind = schema.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise UsageError(f"{column} is not text but {kind}", file=str(file), key="data.text_column")
-            for batch in table.iter_batches(batch_size=BATCH_DOCUMENTS, columns=[column]):
-                yield from (text or "" for text in batch.column(0).to_pylist())
-    except UnicodeDecodeError:
-        raise UsageError(f"{column} is not UTF-8", file=str(file), key="data.path", code="not-utf8") from None
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UsageError(f"is no readable Parquet file: {error}", file=str(file), key="data.path") from None
-
-
-def no_column(column: str, there: list[str], file: str, line: int | None = None) -> UsageError:
-    return UsageError(
-        f"no column {column!r}; there are: {', '.join(sorted(there)) or 'none'}",
-        file=file,
-        line=line,
-        key="data.text_column",
-        code="no-column",
-    )

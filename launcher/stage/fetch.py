@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ActionError, UsageError
-from launcher.stage.child import Say, serve
-from launcher.stage.documents import COLUMN, no_column
+from launcher.serve import Say, serve
+from launcher.stage.formats import Place
+from launcher.stage.records import no_column
 from launcher.stage.sources import check_model, tokenizer_sha
 from launcher.supported import TOKENIZER_FILES
 
@@ -60,10 +61,12 @@ def fetch_model(request: dict[str, Any], say: Say) -> dict[str, Any]:
 
 
 def fetch_data(request: dict[str, Any], say: Say) -> dict[str, Any]:
-    """The text column of a data set's training split and, where it has one, of its evaluation split, at a commit."""
+    """The columns of a data set's training split and, where it has one, of its evaluation split, at a commit, under the names of
+    ``formats.COLUMNS``.
+    """
     from datasets import load_dataset
 
-    folder, name, commit, column = Path(request["folder"]), request["name"], request["commit"], request["text_column"]
+    folder, name, commit = Path(request["folder"]), request["name"], request["commit"]
     say(f"downloading {name} at {commit}")
     with _hub_errors("dataset", name, commit):
         try:
@@ -75,13 +78,15 @@ def fetch_data(request: dict[str, Any], say: Say) -> dict[str, Any]:
         raise UsageError(f"{name} has no split 'train', only {', '.join(sorted(splits))}", key="data.name")
     chosen = {"train": train, **({"eval": request["split"]} if request["split"] in splits and request["split"] != train else {})}
     for ours, theirs in chosen.items():
-        rows = splits[theirs]
-        if column not in rows.column_names:
-            raise no_column(column, rows.column_names, name)
-        if "string" not in str(rows.features[column].dtype):
-            raise UsageError(f"{name}: {column} is not text but {rows.features[column]}", key="data.text_column")
-        rows = rows.select_columns([column])
-        (rows if column == COLUMN else rows.rename_column(column, COLUMN)).save_to_disk(str(folder / ours))
+        rows, columns = splits[theirs], request["columns"]
+        for known, column in columns.items():
+            if column not in rows.column_names:
+                raise no_column(known, column, rows.column_names, Place(name, None, 0))
+            if known != "messages" and "string" not in str(rows.features[column].dtype):
+                raise UsageError(f"{name}: {column} is not text but {rows.features[column]}", key=f"data.{known}_column")
+        rows = rows.select_columns(list(dict.fromkeys(columns.values())))
+        renamed = {column: known for known, column in columns.items() if column != known}
+        (rows.rename_columns(renamed) if renamed else rows).save_to_disk(str(folder / ours))
     return {"name": name, "commit": commit, "splits": sorted(chosen), "versions": {"datasets": version("datasets")}}
 
 

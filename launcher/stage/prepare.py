@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import UsageError
-from launcher.stage.child import Say, serve
-from launcher.stage.documents import Documents, Selection, local_of, read_documents, texts
-from launcher.stage.samples import HISTOGRAM_BIN_TOKENS, Tally, concatenate, cut, write_samples
-from launcher.stage.sources import content_sha, tokenizer_sha
+from launcher.serve import Say, serve
+from launcher.stage.documents import Documents, Selection, Source, Split, local_of, read_documents
+from launcher.stage.fim import MARKS
+from launcher.stage.formats import MASKED, plain_text
+from launcher.stage.samples import HISTOGRAM_BIN_TOKENS, Tally, concatenate, cut, pack, write_samples
+from launcher.stage.sources import combined_sha, content_sha, tokenizer_sha
+from launcher.stage.tokens import Formats
 
 LIBRARIES = ("tokenizers", "transformers", "datasets", "pyarrow")
 
@@ -29,8 +33,10 @@ def prepare_model(request: dict[str, Any], say: Say) -> dict[str, Any]:
     folder = Path(request["folder"])
     config = model_config(request["config"])
     documents = _documents(request, say)
-    say(f"training a tokenizer of {config.vocab_size} entries on {len(documents.train_order)} documents")
-    tokenizer = train_tokenizer(texts(documents.train, documents.train_order), config.vocab_size)
+    say(f"training a tokenizer of {config.vocab_size} entries on {len(documents.train)} documents")
+    fim = MARKS[0] if any(source["format"] == "fim" for source in request["sources"]) else None
+    marks = () if fim is None else (fim.prefix, fim.middle, fim.suffix)
+    tokenizer = train_tokenizer(_words(documents.train), config.vocab_size, marks)
     parameters = save_model(config, tokenizer, request["seed"], folder)
     say(f"drew {parameters:,} parameters with seed {request['seed']}")
     return {
@@ -49,41 +55,59 @@ def prepare_data(request: dict[str, Any], say: Say) -> dict[str, Any]:
     eos = tokenizer.eos_token_id
     packing, sequence_length = request["packing"], request["sequence_length"]
     if eos is None and (request["append_eos"] or packing == "concatenate"):
-        raise UsageError("the tokenizer has no EOS token", key="data.append_eos", hint="append_eos: false (and packing: none or flatten)")
+        raise UsageError(
+            "the tokenizer has no EOS token", key="data.append_eos", hint="append_eos: false (and packing: none, flatten or documents)"
+        )
+    split = request["long_documents"] == "split"
+    formats = Formats(
+        tokenizer,
+        {source["format"] for source in request["sources"]},
+        append_eos=request["append_eos"],
+        seed=request["selection"]["seed"],
+        fim={**request["fim"], "split": split},
+        room=None if packing == "concatenate" else sequence_length,
+    )
     documents = _documents(request, say)
-    if not documents.eval_order and request["needs_eval"]:
+    if not len(documents.eval) and request["needs_eval"]:
         raise no_evaluation(request["selection"]["split"])
+    masked = any(source["format"] in MASKED for source in request["sources"])
 
-    def tokenised(of: Any, order: list[int]) -> Any:
-        for batch in texts(of, order):
-            yield from tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-    def write(of: Any, order: list[int], name: str) -> Tally:
+    def write(of: Split, name: str) -> Tally:
         tally = Tally()
-        stream = tokenised(of, order)
+        stream = formats.tokens(of.documents(), name)
         if packing == "concatenate":
             samples = concatenate(stream, sequence_length, eos, tally)
         else:
-            samples = cut(stream, sequence_length, eos if request["append_eos"] else None, tally)
-        write_samples(
-            samples, Path(request["folder"]) / name, Path(request["scratch"]), tally, lambda: say(f"{name}: {tally.samples} samples")
-        )
+            samples = cut(stream, sequence_length, tally, split=split)
+            samples = pack(samples, sequence_length) if packing == "documents" else samples
+        folder, scratch = Path(request["folder"]) / name, Path(request["scratch"])
+        packed = packing == "documents"
+        write_samples(samples, folder, scratch, tally, lambda: say(f"{name}: {tally.samples} samples"), masked=masked, packed=packed)
         return tally
 
-    train = write(documents.train, documents.train_order, "train")
-    evaluation = write(documents.eval, documents.eval_order, "eval") if documents.eval_order else Tally()
+    train = write(documents.train, "train")
+    evaluation = write(documents.eval, "eval") if len(documents.eval) else Tally()
     say(f"{train.samples} training samples ({train.targets:,} targets), {evaluation.samples} for the evaluation")
+    if packing == "documents" and train.samples:
+        say(f"{sum(train.length_histogram)} documents in {train.samples} rows, {_fill(train, sequence_length):.1%} full")
+    if train.short_samples:
+        say(f"{train.short_samples} of {train.documents} documents were dropped: within {sequence_length} tokens they have no target")
     return {
         "train_samples": train.samples,
         "eval_samples": evaluation.samples,
         "train_targets": train.targets,
         "eval_targets": evaluation.targets,
         "cut_share": train.cut_tokens / train.tokens if train.tokens else 0.0,
+        "fill_share": _fill(train, sequence_length),
         "length_histogram": {"bin_tokens": HISTOGRAM_BIN_TOKENS, "counts": train.length_histogram},
         "dropped": asdict(documents.dropped),
+        "sources": [
+            {"label": source["label"], "weight": source["weight"], **asdict(part), "passes": part.passes}
+            for source, part in zip(request["sources"], documents.parts)
+        ],
         "train": _counts(train),
         "eval": _counts(evaluation),
-        "data_sha": request["data_sha"] or content_sha(local_of(request["source"])),
+        "data_sha": combined_sha([source["sha"] or content_sha(local_of(source["source"])) for source in request["sources"]]),
         "tokenizer_sha": tokenizer_sha(Path(request["tokenizer"])),
         "versions": _versions(),
     }
@@ -100,13 +124,30 @@ def no_evaluation(split: str) -> UsageError:
 
 def _documents(request: dict[str, Any], say: Say) -> Documents:
     say("reading the documents")
-    documents = read_documents(request["source"], Selection(**request["selection"]), Path(request["scratch"]))
-    if not documents.train_order:
+    names = ("source", "format", "columns", "weight", "label", "key")
+    sources = [Source(**{name: source[name] for name in names}) for source in request["sources"]]
+    documents = read_documents(sources, Selection(**request["selection"]), Path(request["scratch"]))
+    if not len(documents.train):
         raise UsageError("no training document is left: all are empty, not UTF-8, or held out", key="data", code="no-samples")
     asked = request["selection"]["num_samples"]
-    if asked is not None and len(documents.train) < asked:
-        say(f"data.num_samples asks for {asked}, the data has {len(documents.train)}: all are taken")
+    if len(sources) == 1:
+        if asked is not None and documents.parts[0].documents < asked:
+            say(f"data.num_samples asks for {asked}, the data has {documents.parts[0].documents}: all are taken")
+        return documents
+    for source, part in zip(sources, documents.parts):
+        often = f", {part.passes:.3g} times each" if part.passes > 1 else ""
+        share = part.train / len(documents.train)
+        say(f"{source.label}: {part.train} of {len(documents.train)} training documents ({share:.1%}), from {part.documents}{often}")
     return documents
+
+
+def _words(split: Split) -> Iterator[list[str]]:
+    for batch in split.documents():
+        yield [plain_text(format, document) for format, document in batch]
+
+
+def _fill(tally: Tally, sequence_length: int) -> float:
+    return tally.kept_tokens / (tally.samples * sequence_length) if tally.samples else 0.0
 
 
 def _counts(tally: Tally) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,11 @@ def model_config(arguments: dict[str, Any]) -> Any:
     return config
 
 
-def train_tokenizer(batches: Iterator[list[str]], vocab_size: int) -> Any:
-    """A byte-level BPE of at most ``vocab_size`` entries, as a ``PreTrainedTokenizerFast`` with EOS and a padding token of its own."""
+def train_tokenizer(batches: Iterator[list[str]], vocab_size: int, marks: Sequence[str] = ()) -> Any:
+    """A byte-level BPE of at most ``vocab_size`` entries, as a ``PreTrainedTokenizerFast`` with EOS and a padding token of its own.
+
+    ``marks``: further special tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +64,7 @@ def train_tokenizer(batches: Iterator[list[str]], vocab_size: int) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size, special_tokens=[EOS, PAD, *marks], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(batches, trainer)
     return PreTrainedTokenizerFast(

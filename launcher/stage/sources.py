@@ -40,33 +40,33 @@ class Local:
     """Relative to ``root``, in order."""
 
 
-def find_local(path: Path, glob: str) -> Local:
+def find_local(path: Path, glob: str, key: str = "data") -> Local:
     """What ``data.path`` means: a JSONL or Parquet file, a folder of such files, or a folder of source files.
 
-    Errors: UsageError.
+    ``key``: of the preset, of the source. Errors: UsageError.
     """
     if path.is_file():
         if path.suffix not in RECORD_SUFFIXES:
-            raise UsageError(f"{path} is neither .jsonl nor .parquet", key="data.path", hint="or name a folder of source files")
+            raise UsageError(f"{path} is neither .jsonl nor .parquet", key=f"{key}.path", hint="or name a folder of source files")
         return Local("records", str(path.parent), (path.name,))
     if not path.is_dir():
-        raise UsageError(f"{path} does not exist", key="data.path", code="no-file")
+        raise UsageError(f"{path} does not exist", key=f"{key}.path", code="no-file")
     top = _matching(path, [f"*{suffix}" for suffix in RECORD_SUFFIXES])
     try:
         sources = _matching(path, [glob])
     except (ValueError, NotImplementedError) as error:
-        raise UsageError(f"{glob!r} is no pattern: {error}", key="data.glob", hint="for example **/*.py") from None
+        raise UsageError(f"{glob!r} is no pattern: {error}", key=f"{key}.glob", hint="for example **/*.py") from None
     if top and sources and set(top) != set(sources):
         raise UsageError(
             f"{path} holds {top[0]} and also {sources[0]}, which data.glob matches",
-            key="data.path",
+            key=f"{key}.path",
             hint="name the file, or a folder of one kind",
         )
     if sources and not top:
         return Local("files", str(path), sources)
     records = tuple(sorted({*top, *_matching(path, [f"*/*{suffix}" for suffix in RECORD_SUFFIXES])}))
     if not records:
-        raise UsageError(f"{path} holds no .jsonl, no .parquet and nothing that {glob} matches", key="data.path", hint="see data.glob")
+        raise UsageError(f"{path} holds no .jsonl, no .parquet and nothing that {glob} matches", key=f"{key}.path", hint="see data.glob")
     return Local("records", str(path), records)
 
 
@@ -115,6 +115,11 @@ def content_sha(local: Local, cache: Path | None = None, *, key: str = "data.pat
         cache.mkdir(parents=True, exist_ok=True)
         write_json(cache / f"{mark}.json", {"sha256": digest.hexdigest(), "root": local.root}, mode=0o644)
     return digest.hexdigest()
+
+
+def combined_sha(shas: Sequence[str]) -> str:
+    """One hash of several sources' content, in their order; that of the only one as it is."""
+    return shas[0] if len(shas) == 1 else hashlib.sha256("\n".join(shas).encode()).hexdigest()
 
 
 def known_sha(local: Local, cache: Path | None, *, key: str = "data.path") -> str | None:

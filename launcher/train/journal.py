@@ -13,6 +13,7 @@ from launcher.checkpoint import Manifest
 from launcher.metrics import Kind
 from launcher.run import Run, may_commit
 from launcher.train.ranks import Ranks
+from launcher.train.tracking import Tracking
 
 LOG = logging.getLogger("launcher.train")
 
@@ -22,6 +23,7 @@ class Journal:
     run: Run
     life: int
     ranks: Ranks
+    tracking: Tracking | None = None
 
     def outdated(self) -> bool:
         """Whether a newer life owns the run; only rank 0 looks."""
@@ -30,6 +32,8 @@ class Journal:
     def record(self, kind: Kind, step: int, **values: Any) -> None:
         if self.ranks.is_first and may_commit(self.run, self.life):
             metrics.append(self.run.metrics_file, kind, step=step, **values, life=self.life)
+            if self.tracking is not None:
+                self.tracking.log(kind, step, values)
 
     def event(self, event: str, **details: Any) -> None:
         if self.ranks.is_first and may_commit(self.run, self.life):
@@ -39,13 +43,13 @@ class Journal:
         if self.ranks.is_first:
             LOG.info(text, *values)
 
-    def checkpoint(self, manifest: Manifest | None, blocked_s: float) -> None:
-        """``manifest``: None on ranks other than 0."""
+    def checkpoint(self, manifest: Manifest | None, blocked_s: float, total_s: float) -> None:
+        """``manifest``: None on ranks other than 0. ``blocked_s``: training waited; ``total_s``: until it was known to be committed."""
         if manifest is not None:
             size = sum(int(file["size"]) for file in manifest.files.values())
-            self.record("checkpoint", manifest.step, blocked_s=blocked_s, total_s=blocked_s, bytes=size)
+            self.record("checkpoint", manifest.step, blocked_s=blocked_s, total_s=total_s, bytes=size)
             self.event("checkpoint", step=manifest.step, reason=manifest.reason, epoch=manifest.epoch)
-            self.say("step %d: checkpoint (%s), %.1f MB in %.1f s", manifest.step, manifest.reason, size / 1e6, blocked_s)
+            self.say("step %d: checkpoint (%s), %.1f MB in %.1f s", manifest.step, manifest.reason, size / 1e6, total_s)
 
     def evaluated_steps(self) -> set[int]:
         """Steps whose evaluation loss is on record."""

@@ -14,34 +14,62 @@ from launcher.errors import EXIT_STOPPED, RunFailed, UsageError
 from launcher.metrics import samples_sha
 from launcher.plan import Plan, Staged
 from launcher.run import Run
-from launcher.train.batches import Samples, collate
+from launcher.train.adapter import require_same_base, share_of
+from launcher.train.batches import Samples
 from launcher.train.engine import Engine, build_engine, reseed
 from launcher.train.evaluate import evaluate
 from launcher.train.final import save_final
 from launcher.train.journal import Journal, finite
+from launcher.train.layers import compile_layers, require_compiled
 from launcher.train.live import Progress
+from launcher.train.loader import Loader, on_device
+from launcher.train.model import input_device
 from launcher.train.optimizer import learning_rate
-from launcher.train.order import Order, micro_slices
+from launcher.train.order import Order
+from launcher.train.precision import require_matmul_precision
 from launcher.train.ranks import Ranks
 from launcher.train.state import restore, save
 from launcher.train.stop import Stop
+from launcher.train.tracking import Tracking
+from launcher.train.watch import prove
+from launcher.train.writer import Committed, Writer
 
 
 def train(run: Run, life: int, plan: Plan, staged: Staged, ranks: Ranks, stop: Stop, progress: Progress) -> int:
     """Train from the newest checkpoint to the end or to an agreed stop. Returns 0 or ``EXIT_STOPPED``; the same on every rank."""
+    tracking = Tracking(run, life, plan)
+    try:
+        return _train(run, life, plan, staged, ranks, stop, progress, Journal(run, life, ranks, tracking))
+    finally:
+        tracking.close()
+
+
+def _train(run: Run, life: int, plan: Plan, staged: Staged, ranks: Ranks, stop: Stop, progress: Progress, journal: Journal) -> int:
     if ranks.any(stop.requested):
         return EXIT_STOPPED
-    journal = Journal(run, life, ranks)
     samples, held_out = _open_data(plan, staged)
     training, cadence, evaluation = plan.preset["training"], plan.preset["checkpoint"], plan.preset["evaluation"]
     order = Order(training["seed"], len(samples), training["epochs"], training["effective_batch"])
-    engine = build_engine(plan, staged.model, ranks)
+    if plan.preset["adapter"] != "none":
+        require_same_base(run, plan, staged, ranks)
+    engine = build_engine(plan, staged.model, ranks, run.deepspeed_file(life))
+    ran = prove(plan, engine.model, engine.form)
+    journal.say("attention: %s (%s) in %d layers", plan.attention, ", ".join(ran.operators) or "its own operators", ran.layers)
+    journal.event("attention", kind=plan.attention, layers=ran.layers, operators=list(ran.operators))
+    require_matmul_precision(training["tf32"])
+    if training["compile"] == "layers":
+        compile_layers(engine.model, plan.preset["data"]["packing"])
+    share = share_of(engine.model)
+    journal.say("%s", share)
+    journal.event("parameters", trained=share.trained, all=share.all)
     step = restore(run, life, engine, ranks)
+    loader = Loader(samples, order, plan, ranks)
+    writer = Writer(run, life, engine, ranks)
     progress.step = step
     engine.settle()
     if ranks.any(stop.requested):
         return EXIT_STOPPED
-    saved_s = time.monotonic()
+    saved_s, started_after = time.monotonic(), step
 
     if held_out is not None and step and _evaluation_due(order, evaluation["every"], step):
         # the life that saved this step may have been stopped before it was evaluated
@@ -52,14 +80,17 @@ def train(run: Run, life: int, plan: Plan, staged: Staged, ranks: Ranks, stop: S
     while step < order.total_steps:
         step += 1
         started_s = time.perf_counter()
-        done = _train_step(plan, engine, samples, order, ranks, step)
+        done = _train_step(plan, engine, loader, samples, order, ranks, step)
         minutes_due = ranks.is_first and cadence["minutes"] is not None and time.monotonic() - saved_s >= 60 * cadence["minutes"]
-        loss_sum, num_tokens, stops, timed, outdated = ranks.sum(
-            [done.loss_sum, done.num_tokens, stop.requested, minutes_due, journal.outdated()]
+        loss_sum, num_tokens, stops, timed, outdated, *written = ranks.sum(
+            [done.loss_sum, done.num_tokens, stop.requested, minutes_due, journal.outdated(), *writer.progress()]
         )
+        if training["compile"] == "layers" and progress.step == started_after:
+            journal.event("compiled", step=step, graphs=require_compiled(), seconds=round(time.perf_counter() - started_s, 1))
         progress.step = step
         if outdated:
             raise RunFailed(f"a newer life than {life} owns {run.root}", code="older-life")
+        _note_checkpoint(run, plan, writer.heed(*written), journal)
         loss = loss_sum / done.num_targets
         if not math.isfinite(loss):
             raise RunFailed(
@@ -83,7 +114,7 @@ def train(run: Run, life: int, plan: Plan, staged: Staged, ranks: Ranks, stop: S
             journal.event("stop_seen", step=step)
         reason = _reason_to_save(order, cadence["every"], step, stops=stops > 0, timed=timed > 0)
         if reason is not None:
-            _save(run, life, plan, step, reason, order, engine, ranks, journal)
+            _save(run, life, plan, step, reason, order, engine, ranks, journal, writer)
             saved_s = time.monotonic()
         if stops and step < order.total_steps:
             return EXIT_STOPPED
@@ -91,7 +122,8 @@ def train(run: Run, life: int, plan: Plan, staged: Staged, ranks: Ranks, stop: S
         if not evaluated and held_out is not None and not _evaluate(plan, engine, held_out, ranks, stop, journal, order, step):
             journal.event("stop_seen", step=step)
             if reason is None:
-                _save(run, life, plan, step, "stop", order, engine, ranks, journal)
+                _save(run, life, plan, step, "stop", order, engine, ranks, journal, writer)
+            _note_checkpoint(run, plan, writer.finish(), journal)
             return EXIT_STOPPED
 
     save_final(run, life, engine, Path(staged.model), ranks, adapter=plan.preset["adapter"] != "none")
@@ -113,17 +145,15 @@ class _Step:
     samples_sha: str
 
 
-def _train_step(plan: Plan, engine: Engine, samples: Samples, order: Order, ranks: Ranks, step: int) -> _Step:
-    training, packing = plan.preset["training"], plan.preset["data"]["packing"]
+def _train_step(plan: Plan, engine: Engine, loader: Loader, samples: Samples, order: Order, ranks: Ranks, step: int) -> _Step:
+    training, device = plan.preset["training"], input_device(engine.model)
     indices = order.samples(step)
     num_targets = int(samples.num_targets[indices].sum())
-    shares = micro_slices(indices, ranks.rank, ranks.world_size, plan.batch.micro_steps)
+    batches = loader.load(step)
     loss_sum, num_tokens = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
-    for micro_step, share in enumerate(shares):
-        assert len(share) <= plan.batch.micro_batch, "the plan's micro steps hold the step's samples"
-        batch = collate(samples, share.tolist(), packing, training["sequence_length"])
+    for micro_step, batch in enumerate(batches):
         reseed(training["seed"], step, micro_step, ranks.rank)
-        loss_sum += engine.backward(batch, num_targets, last=micro_step == len(shares) - 1)
+        loss_sum += engine.backward(on_device(batch, device), num_targets, last=micro_step == len(batches) - 1)
         num_tokens += batch.num_tokens
     rate = learning_rate(step, order.total_steps, training)
     grad_norm = engine.update(rate, training["max_grad_norm"])
@@ -155,12 +185,25 @@ def _reason_to_save(order: Order, every: str, step: int, *, stops: bool, timed: 
     return "minutes" if timed else None
 
 
-def _save(run: Run, life: int, plan: Plan, step: int, reason: Reason, order: Order, engine: Engine, ranks: Ranks, journal: Journal) -> None:
+def _save(
+    run: Run, life: int, plan: Plan, step: int, reason: Reason, order: Order, engine: Engine, ranks: Ranks, journal: Journal, writer: Writer
+) -> None:
+    """Beside training where the preset says so; never when training ends with it, and then only after what is still being written."""
     started_s = time.perf_counter()
+    _note_checkpoint(run, plan, writer.finish(), journal)
+    if plan.preset["checkpoint"]["asynchronous"] and reason not in ("stop", "end"):
+        writer.begin(step, reason, order.completed_epoch(step), started_s)
+        return
     manifest = save(run, life, step, reason, order.completed_epoch(step), engine, ranks)
-    journal.checkpoint(manifest, time.perf_counter() - started_s)
-    if ranks.is_first:
-        rotate(run, plan.preset["checkpoint"]["keep"], plan.preset["checkpoint"]["keep_epochs"])
+    took_s = time.perf_counter() - started_s
+    _note_checkpoint(run, plan, Committed(manifest, took_s, took_s), journal)
+
+
+def _note_checkpoint(run: Run, plan: Plan, committed: Committed | None, journal: Journal) -> None:
+    if committed is None or committed.manifest is None:
+        return
+    journal.checkpoint(committed.manifest, committed.blocked_s, committed.total_s)
+    rotate(run, plan.preset["checkpoint"]["keep"], plan.preset["checkpoint"]["keep_epochs"])
 
 
 def _evaluate(plan: Plan, engine: Engine, held_out: Samples, ranks: Ranks, stop: Stop, journal: Journal, order: Order, step: int) -> bool:

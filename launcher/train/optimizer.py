@@ -8,23 +8,51 @@ from typing import Any
 
 import torch
 
+from launcher.errors import UsageError
+from launcher.train.rounding import StochasticRounding
+
 
 def build_optimizer(model: torch.nn.Module, training: Mapping[str, Any]) -> torch.optim.Optimizer:
-    """AdamW, or Adafactor exactly as transformers' Trainer builds it. Weight decay on everything but biases and norms."""
+    """AdamW, or Adafactor exactly as transformers' Trainer builds it. Weight decay on everything but biases and norms.
+
+    Weights in bf16 are rounded stochastically. Errors: UsageError when bitsandbytes is missing.
+    """
+    groups = parameter_groups(model, training)
+    optimizer = _optimizer(groups, training)
+    if any(parameter.dtype == torch.bfloat16 for group in groups for parameter in group["params"]):
+        return StochasticRounding(optimizer, training["seed"])
+    return optimizer
+
+
+def parameter_groups(model: torch.nn.Module, training: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The trained parameters: those that decay, and the biases and norms, which do not. Groups without any are left out."""
     undecayed = set(_undecayed(model))
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for name, parameter in named if name not in undecayed], "weight_decay": training["weight_decay"]},
         {"params": [parameter for name, parameter in named if name in undecayed], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    if training["optimizer"] == "adafactor":
+    return [group for group in groups if group["params"]]
+
+
+def _optimizer(groups: list[dict[str, Any]], training: Mapping[str, Any]) -> torch.optim.Optimizer:
+    kind, rate = training["optimizer"], training["learning_rate"]
+    if kind == "adafactor":
         from transformers.optimization import Adafactor  # here, because it imports the Trainer and peft: 2 s
 
-        return Adafactor(groups, lr=training["learning_rate"], scale_parameter=False, relative_step=False)
-    return torch.optim.AdamW(
-        groups, lr=training["learning_rate"], betas=(training["adam_beta1"], training["adam_beta2"]), eps=training["adam_epsilon"]
-    )
+        return Adafactor(groups, lr=rate, scale_parameter=False, relative_step=False)
+    arguments: dict[str, Any] = {"lr": rate, "betas": (training["adam_beta1"], training["adam_beta2"]), "eps": training["adam_epsilon"]}
+    if kind == "adamw_8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit  # slow to import, and not every stack has it
+        except ImportError as error:
+            message = f"adamw_8bit needs bitsandbytes: {error}"
+            raise UsageError(message, code="library-missing", key="training.optimizer", hint="optimizer: adamw") from error
+        eight_bit: torch.optim.Optimizer = AdamW8bit(groups, **arguments)
+        return eight_bit
+    if kind == "adamw_fused":
+        arguments["fused"] = True  # torch raises where the device has no such kernel
+    return torch.optim.AdamW(groups, **arguments)
 
 
 def learning_rate(step: int, total_steps: int, training: Mapping[str, Any]) -> float:

@@ -40,7 +40,14 @@ class Order:
 
     def samples(self, step: int) -> Indices:
         """Sample indices of ``step`` (from 1) in stream order; the last step takes what is left."""
-        position, end = (step - 1) * self.effective_batch, self._end(step)
+        return self.stream(*self.span(step))
+
+    def span(self, step: int) -> tuple[int, int]:
+        """Where ``step`` begins in the stream, and the position after its last sample."""
+        return (step - 1) * self.effective_batch, self._end(step)
+
+    def stream(self, position: int, end: int) -> Indices:
+        """Sample indices from ``position`` to before ``end``."""
         parts = []
         while position < end:
             epoch, offset = divmod(position, self.num_samples)

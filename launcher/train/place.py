@@ -10,8 +10,8 @@ from pathlib import Path
 from launcher.errors import UsageError
 from launcher.plan import Plan
 
-_FOREIGN = ("ACCELERATE_", "FSDP_", "PMI_", "PMIX_", "OMPI_COMM_", "MV2_COMM_")
-"""Variables that accelerate obeys more than its arguments; the plan decides, so they go."""
+_FOREIGN = ("ACCELERATE_", "FSDP_", "DS_", "DEEPSPEED_", "PMI_", "PMIX_", "OMPI_COMM_", "MV2_COMM_")
+"""Variables that accelerate and DeepSpeed obey more than its arguments; the plan decides, so they go."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,11 @@ def prepare_environment(environ: MutableMapping[str, str], plan: Plan, place: Pl
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if plan.layout.gpus_per_node == 0:
         environ["ACCELERATE_USE_CPU"] = "true"
+    deepspeed = plan.preset["parallelism"].startswith("zero")
+    if deepspeed:
+        environ["DS_ACCELERATOR"] = "cuda" if plan.layout.gpus_per_node else "cpu"
     values = {"RANK": place.rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": place.local_rank}
-    if place.world_size > 1:
+    if place.world_size > 1 or deepspeed:
         environ.update({name: str(value) for name, value in values.items()})
     else:  # with LOCAL_RANK set, accelerate would start a process group of one
         for name in values:

@@ -13,7 +13,9 @@ import torch.distributed
 
 from launcher.errors import GateError, UsageError
 from launcher.plan import Plan
+from launcher.supported import SHARDED
 from launcher.train.place import Place, nvidia_driver
+from launcher.train.precision import set_matmul_precision
 
 TIMEOUT = timedelta(minutes=30)
 """How long a rank waits in a collective: longer than rank 0 takes to write a checkpoint while the others wait."""
@@ -66,13 +68,19 @@ def connect(plan: Plan, place: Place) -> Ranks:
         torch.cuda.set_device(place.local_rank)
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     torch.set_num_threads(plan.layout.threads_per_rank)
-    torch.set_float32_matmul_precision("high" if plan.preset["training"]["tf32"] else "highest")
+    set_matmul_precision(plan.preset["training"]["tf32"])
     ranks = Ranks(place.rank, place.world_size, device)
+    backend = "nccl" if on_gpu else "gloo"
+    if on_gpu and plan.preset["offload"] != "none" and plan.preset["parallelism"] == "fsdp":
+        backend = "cpu:gloo,cuda:nccl"  # gradients lie in RAM, where their norm is summed
     if place.world_size > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UsageError(f"environment: {' and '.join(missing)} not set for {place.world_size} ranks", code="rank-environment")
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, rank=place.rank, world_size=place.world_size)
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=place.rank, world_size=place.world_size)
+    elif plan.preset["parallelism"] in SHARDED:  # which is made of collectives, also on one rank
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(backend, timeout=TIMEOUT, rank=0, world_size=1, store=store)
     counted, ranks_sum = ranks.sum([1, place.rank])
     if counted != plan.world_size or ranks_sum != plan.world_size * (plan.world_size - 1) / 2:
         raise UsageError(f"the process group has {counted:.0f} ranks, the plan has {plan.world_size}", code="world-size")

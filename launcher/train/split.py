@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from launcher.errors import GateError
 
-_STATE_PER_WEIGHT = {"adamw": 4.0, "adafactor": 2.0}
-"""Bytes on a GPU for each byte of trained weights: weights, gradients and AdamW's two moments (Adafactor's are factored)."""
+_STATE_PER_WEIGHT = {"adamw": 4.0, "adamw_fused": 4.0, "adamw_8bit": 2.5, "adafactor": 2.0}
+"""Bytes on a GPU for each byte of trained weights: weights, gradients and AdamW's two moments (Adafactor's are
+factored)."""
 _FOR_ACTIVATIONS = 0.1
 
 

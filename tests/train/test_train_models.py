@@ -30,7 +30,7 @@ def check_flattened_logits(folder, model_type, attention):
     require_borders(model, form, CPU)
     batch = collate(samples, [1, 4, 2, 7], "flatten", SEQUENCE)
     with torch.no_grad():
-        with borders(model, form, batch.documents_BS) as arguments:
+        with borders(model, form, batch.documents_BS, None, tuple(batch.input_ids_BS.shape)) as arguments:
             together = model(batch.input_ids_BS, position_ids=batch.position_ids_BS, use_cache=False, **arguments).logits[0]
         alone = [model(torch.from_numpy(samples.tokens_and_targets(index)[0])[None], use_cache=False).logits[0] for index in (1, 4, 2, 7)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-6)
@@ -108,7 +108,7 @@ def test_every_tokenizer_file_that_staging_takes_is_beside_the_final_model(tmp_p
     for name in TOKENIZER_FILES:
         (tmp_path / "staged" / name).write_text(name)
     run = make_run(tmp_path / "run", tmp_path / "staged", make_data(tmp_path / "data", 4))
-    final._write(run, 0, SimpleNamespace(model=Saved()), tmp_path / "staged", adapter=False)
+    final._write(run, 0, SimpleNamespace(model=Saved(), sharded=False), tmp_path / "staged", adapter=False)
     assert sorted(path.name for path in run.model.iterdir()) == sorted(TOKENIZER_FILES) and "spiece.model" in TOKENIZER_FILES
 
 

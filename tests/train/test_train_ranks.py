@@ -115,21 +115,30 @@ def test_a_save_that_fails_on_rank_0_ends_every_rank(tmp_path):
 def test_no_good_checkpoint_is_not_retried(tmp_path):
     run = make_run(tmp_path / "run", make_model(tmp_path / "model"), make_data(tmp_path / "data", 20), checkpoint={"every": "1"})
     assert train_here(run, stop_at=1) == EXIT_STOPPED
-    (run.checkpoint(1) / "optimizer.pt").write_bytes(b"")
+    (run.checkpoint(1) / "optimizer.safetensors").write_bytes(b"")
     assert train_processes(run, life=1) == [EXIT_DO_NOT_RETRY]
     (record,) = read_exit_records(run, 1)
-    assert record.exit_code == EXIT_DO_NOT_RETRY and "is whole: " in record.reason and "optimizer.pt: 0 bytes" in record.reason
+    assert record.exit_code == EXIT_DO_NOT_RETRY and "is whole: " in record.reason and "optimizer.safetensors: 0 bytes" in record.reason
 
 
 @pytest.mark.parametrize(
     ("sections", "ranks", "message"),
     [
-        ({"attention": "flex"}, 1, "attention: flex is not here yet (one of eager, sdpa)"),
-        ({"training": {"dtype": "bf16_pure"}}, 1, "training.dtype: bf16_pure is not here yet (one of fp32, bf16, fp16)"),
+        (
+            {"training": {"dtype": "bf16_pure"}, "parallelism": "fsdp"},
+            1,
+            "training.dtype: weights in bf16 are rounded stochastically, which fsdp's shards are not "
+            "(dtype: bf16, whose fp32 weights are sharded)",
+        ),
+        ({"training": {"cross_entropy": "fused"}}, 1, "training.cross_entropy: fused needs a GPU (cross_entropy: chunked)"),
+        ({"attention": "flex"}, 1, "attention: flex needs a GPU (eager or sdpa on CPU)"),
         ({"training": {"dtype": "fp16"}}, 1, "training.dtype: fp16 needs a GPU (fp32 or bf16 on CPU)"),
-        ({"training": {"optimizer": "adamw_8bit"}}, 1, "training.optimizer: adamw_8bit is not here yet (one of adamw, adafactor)"),
-        ({"data": {"packing": "documents"}}, 1, "data.packing: documents is not here yet (one of none, flatten, concatenate)"),
-        ({"parallelism": "fsdp"}, 1, "parallelism: fsdp is not here yet (one of single, ddp, device_map)"),
+        (
+            {"training": {"optimizer": "adamw_8bit"}, "parallelism": "fsdp"},
+            1,
+            "training.optimizer: bitsandbytes' 8-bit AdamW knows whole tensors only, fsdp shards them "
+            "(optimizer: adamw, whose state is sharded)",
+        ),
         ({"parallelism": "single"}, 2, "parallelism: single is one process, the plan has 2"),
         ({"evaluation": {"every": "epoch"}}, 1, "data/eval is missing on this node (stage again, or bind the folder)"),
     ],

@@ -43,6 +43,9 @@ PATHS = {
     "single, constant, no clipping": {"parallelism": "single", "training": {"schedule": "constant", "max_grad_norm": 0.0}},
 }
 
+PARAMETERS = 64 * 32 + 2 * (32 * (32 + 16 + 16 + 32) + 96 + 2 * 32 * 64 + 96 + 4 * 32) + 64
+"""Of the tiny starcoder2: its embedding (the head is the same), two layers with biases and norms, the last norm."""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -72,14 +75,18 @@ def test_stop_and_end_are_written_down(tmp_path, model, data):
     assert train_here(run, life=1) == 0
     events = [{key: event[key] for key in event if key != "time"} for event in run.events()]
     assert events == [
+        {"event": "attention", "life": 0, "kind": "sdpa", "layers": 2, "operators": ["math"]},  # its dropout allows nothing else on CPU
+        {"event": "parameters", "life": 0, "trained": PARAMETERS, "all": PARAMETERS},
         {"event": "stop_seen", "life": 0, "step": 3},
         {"event": "checkpoint", "life": 0, "step": 3, "reason": "stop"},
+        {"event": "attention", "life": 1, "kind": "sdpa", "layers": 2, "operators": ["math"]},
+        {"event": "parameters", "life": 1, "trained": PARAMETERS, "all": PARAMETERS},
         {"event": "checkpoint", "life": 1, "step": 8, "reason": "end", "epoch": 1},
     ]
     records = metrics.read(run.metrics_file, "checkpoint")
     assert [(record["step"], record["life"]) for record in records] == [(3, 0), (8, 1)]
     assert records[1]["bytes"] == sum(
-        (run.checkpoint(8) / name).stat().st_size for name in ("model.safetensors", "optimizer.pt", "trainer.json")
+        (run.checkpoint(8) / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors", "trainer.json")
     )
 
 
@@ -138,7 +145,7 @@ def _damage(folder, damage):
         (folder / checkpoint.MANIFEST).unlink()
     else:
         manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-        del manifest["files"]["optimizer.pt"]
+        del manifest["files"]["optimizer.safetensors"]
         write_json(folder / checkpoint.MANIFEST, manifest)
 
 

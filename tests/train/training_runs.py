@@ -52,6 +52,7 @@ DROPOUT: dict[str, dict[str, float]] = {
 
 PRESET: dict[str, Any] = {
     "name": "test",
+    "model": {"name": None},
     "data": {"packing": "none"},
     "training": {
         "sequence_length": SEQUENCE,
@@ -70,15 +71,19 @@ PRESET: dict[str, Any] = {
         "dtype": "fp32",
         "tf32": False,
         "activation_checkpointing": "none",
+        "cross_entropy": "plain",
+        "compile": "none",
         "seed": 42,
     },
     "attention": "sdpa",
     "adapter": "none",
     "parallelism": "ddp",
+    "offload": "none",
     "evaluation": {"every": "never", "split": "valid", "micro_batch": 3},
-    "checkpoint": {"every": "epoch", "minutes": None, "keep": 3, "keep_epochs": None},
+    "checkpoint": {"every": "epoch", "minutes": None, "keep": 3, "keep_epochs": None, "asynchronous": False},
+    "tracking": {"to": [], "project": "ftlaunch", "wandb": "auto", "mlflow_uri": None},
 }
-LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1, "targets": None}
+LORA = {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.1, "targets": None, "modules_to_save": None}
 
 
 def make_model(folder: Path, model_type: str = "starcoder2", *, dropout: bool = False, **config: Any) -> Path:
@@ -133,6 +138,10 @@ def make_run(root: Path, model: Path, data: Path, /, *, ranks: int = 1, **sectio
     )
     root.mkdir(parents=True)
     write_plan(plan, root / "plan.json")
+    if preset["parallelism"].startswith("zero"):
+        from launcher.render import deepspeed_config  # needs jinja2, which the source's stack is without
+
+        (root / "ds_config.json").write_text(deepspeed_config(plan))
     return Run(root)
 
 
@@ -185,8 +194,10 @@ def state_of(run: Run, step: int) -> dict[str, Any]:
         else:
             found[path] = value.tolist() if isinstance(value, torch.Tensor) else value
 
-    walk("model", load_file(folder / "model.safetensors"))
-    walk("optimizer", torch.load(folder / "optimizer.pt", weights_only=True))
+    for kind in ("model", "optimizer"):
+        for file in sorted(folder.glob(f"{kind}*.safetensors")):
+            walk(file.stem, load_file(file))
+    walk("trainer", json.loads((folder / "trainer.json").read_text()))
     return found
 
 
