@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "launcher"
 
 LAYERS = [
-    {"errors", "files", "metrics", "plan", "run", "checkpoint", "shipped", "supported"},
+    {"caches", "errors", "files", "metrics", "plan", "run", "checkpoint", "shipped", "supported"},
     {"templating", "preset", "hardware"},
     {"planner"},
     {"render", "image", "stage", "ranks", "remedies", "advice"},
