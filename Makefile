@@ -21,6 +21,7 @@ lint: $(INSTALLED)
 golden: $(INSTALLED)  ## write the golden files anew; read the diff before committing it
 	$(VENV)/bin/python -m tests.make_golden
 	$(VENV)/bin/python -m tests.make_golden_sites
+	-FTLAUNCH_WRITE_GOLDEN=1 $(VENV)/bin/python -m pytest -q tests/test_render.py
 	$(VENV)/bin/python -m tests.test_show
 	$(VENV)/bin/python -m tests.test_preset_broken
 	$(VENV)/bin/python -m tests.test_site_discover

@@ -20,8 +20,8 @@ IN_ANOTHER_STACK = {"parallelism-not-in-stack", "attention-not-in-stack", "atten
 """Errors that a change of the stack may take away."""
 
 SAME_TRAINING = (
-    "model.name", "model.path", "data.name", "data.path", "data.subset", "data.sources", "data.format", "data.num_samples", "training.sequence_length", "training.epochs",
-    "training.effective_batch", "training.learning_rate", "training.optimizer", "adapter",
+    "model.name", "model.path", "data.name", "data.path", "data.subset", "data.sources", "data.format", "data.num_samples",
+    "training.sequence_length", "training.epochs", "training.effective_batch", "training.learning_rate", "training.optimizer", "adapter",
 )  # fmt: skip
 """Keys that two presets share when one is a faster way to the training of the other."""
 

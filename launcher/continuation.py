@@ -85,6 +85,12 @@ def did_a_step(run: Run, life: int) -> bool:
     return any(record["life"] == life for record in metrics.read(run.metrics_file, "train"))
 
 
+def full_time_min(run: Run) -> int | None:
+    """The time limit that a follow-up job takes again, where that of this life was cut to end before a maintenance."""
+    sent = run.events("submitted", "resumed")
+    return sent[-1].get("full_time_min") if sent else None
+
+
 def gpu_hours(events: Sequence[dict[str, Any]], gpus: int) -> float:
     """GPUs × hours from the start of each life to the last that is known of it."""
     spans: dict[int, tuple[str, str]] = {}

@@ -12,13 +12,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launcher import ranks
+from launcher.caches import cache_of_site, make_cache
 from launcher.errors import ActionError, GateError, UsageError
-from launcher.image.unpack import remove, remove_command, unpack, unpack_command
+from launcher.image.unpack import read_log, remove, remove_command, unpack, unpack_command
 from launcher.plan import Plan
 from launcher.processes import LocalRanks, Ranks, StepRanks
 from launcher.ranks import Place
@@ -53,36 +55,52 @@ class Node:
     def job_id(self) -> str | None:
         return self.job.job_id if self.job else None
 
-    def prepare(self, stop_wanted: Callable[[], bool]) -> None:
-        """Make the image usable on every node; gives up when a stop is wanted.
+    def prepare(self, stop_wanted: Callable[[], bool]) -> list[str]:
+        """Make the image usable on every node; gives up when a stop is wanted. Returns what is worth a line in the log.
 
         Errors: GateError when no disk has room (another life would meet it again), ActionError.
         """
         container = self.plan.container
         if container.use == "none":
-            return
+            return []
         assert container.image is not None
-        folders, mode = self.plan.site["local_disk"], self.plan.site["container"]["mount"]
+        folders, shared = self.plan.site["local_disk"], ranks.shared_folder(self.run, self.place)
         if self.job is None:
-            unpack(
+            done = unpack(
                 container.image,
                 container.command,
                 folders,
                 job=self.place.job,
                 life=self.place.life,
                 node=socket.gethostname(),
-                mode=mode,
+                mode=self.plan.site["container"]["mount"],
+                shared=shared,
+                ranks_bytes=self._ranks_bytes(),
                 owner_pid=os.getpid(),
             )
-            return
+            with open(self.run.unpack_log(self.place.life), "a", encoding="utf-8") as log:
+                log.write(json.dumps(asdict(done)) + "\n")
+            return _remarks([asdict(done)])
         command = unpack_command(
-            self.place.python, container.image, container.command, folders, job=self.place.job, life=self.place.life, mode=mode
+            self.place.python,
+            container.image,
+            container.command,
+            folders,
+            job=self.place.job,
+            life=self.place.life,
+            mode=self.plan.site["container"]["mount"],
+            shared=str(shared),
+            ranks_bytes=self._ranks_bytes(),
+            squeue=self.job.tools.get("squeue"),
         )
-        self._on_every_node(command, stop_wanted)
+        return self._on_every_node(command, stop_wanted)
 
     def start(self) -> Ranks:
         run, plan, place = self.run, self.plan, self.place
-        run.cache.mkdir(mode=0o700, exist_ok=True)
+        if place.cache is None:
+            run.cache.mkdir(mode=0o700, exist_ok=True)
+        elif self.job is None:  # in a job each task makes its node's
+            make_cache(Path(place.cache))
         if self.job is not None:
             command, environment = ranks.step_command(run, plan, place), ranks.step_environment(run, plan, place, os.environ)
             return StepRanks(command, environment, plan.world_size, run.life(place.life) / "srun.log")
@@ -98,27 +116,34 @@ class Node:
         """Remove what ``prepare`` left on the nodes; what is not removed by then is swept by a later life."""
         if self.plan.container.use == "none":
             return
+        shared = ranks.shared_folder(self.run, self.place)
         if self.job is None:
-            remove(job=self.place.job, life=self.place.life, node=socket.gethostname())
+            remove(job=self.place.job, life=self.place.life, node=socket.gethostname(), shared=shared)
             return
-        command = remove_command(self.place.python, job=self.place.job, life=self.place.life)
+        command = remove_command(self.place.python, job=self.place.job, life=self.place.life, shared=str(shared))
         call(self._step(command), environ=self._environment(), timeout_s=within_s)
 
-    def _on_every_node(self, command: list[str], stop_wanted: Callable[[], bool]) -> None:
-        log = self.run.life(self.place.life) / "unpack.log"
+    def _ranks_bytes(self) -> int | None:
+        """Memory that the ranks of a node take, as predicted; what the image takes of it is not theirs."""
+        memory = self.plan.memory
+        return None if memory is None else int((memory.host_per_node_gib - memory.ram_disk_gib) * 2**30)
+
+    def _on_every_node(self, command: list[str], stop_wanted: Callable[[], bool]) -> list[str]:
+        log = self.run.unpack_log(self.place.life)
         with open(log, "ab") as output:
             step = subprocess.Popen(self._step(command), env=self._environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         while step.poll() is None:
             if stop_wanted():
                 step.send_signal(signal.SIGTERM)  # srun answers by killing the step
                 step.wait()
-                return
+                return []
             time.sleep(0.2)
         if step.returncode in STOP_DEATHS:
             raise StepAskedToStop(TO_THE_RANKS)
         if step.returncode != 0:
             error = ActionError if step.returncode != GateError.exit_code else GateError
             raise error(f"the image could not be made usable on every node: {_reason(log)}; see {log}", code="unpack")
+        return _remarks(read_log(log.read_text(encoding="utf-8", errors="replace")))
 
     def _step(self, command: list[str]) -> list[str]:
         """One task on each node, beside nothing else."""
@@ -136,7 +161,7 @@ def node_here(run: Run, plan: Plan, life: int) -> Node:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = Place(life, "127.0.0.1", port, sys.executable, f"{run.id}-{os.getpid()}")
+    place = Place(life, "127.0.0.1", port, sys.executable, f"{run.id}-{os.getpid()}", cache=cache_of_site(plan, os.environ))
     return Node(run, plan, place, [socket.gethostname()], None)
 
 
@@ -149,18 +174,25 @@ def node_of_job(run: Run, plan: Plan, life: int) -> Node:
     names = job.node_names(node_list)
     suffix = plan.site["network"]["host_suffix"]
     address = f"{names[0]}{suffix}" if suffix else job.node_address(names[0])
-    place = Place(life, address, ranks.slurm_port(job_id, life), sys.executable, job_id, job.tools["srun"])
+    cache = cache_of_site(plan, os.environ)
+    place = Place(life, address, ranks.slurm_port(job_id, life), sys.executable, job_id, job.tools["srun"], cache)
     return Node(run, plan, place, names, job)
 
 
 def _reason(log: Path) -> str:
     """What the first node that failed said, else the step's last line."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    for line in lines:
-        try:
-            said = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(said, dict) and "error" in said:
-            return f"{said.get('node')}: {said['error']}"
-    return lines[-1] if lines else "it said nothing"
+    text = log.read_text(encoding="utf-8", errors="replace")
+    errors = [f"{said['node']}: {said['error']}" for said in read_log(text) if "error" in said]
+    lines = [line for line in text.splitlines() if line.strip()]
+    return next(iter([*errors, *lines[-1:]]), "it said nothing")
+
+
+def _remarks(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of nodes that could not put the image where it belongs."""
+    said = []
+    for node in nodes:
+        if node.get("ram_backed"):
+            said.append(f"{node['node']}: no disk has room for the image: it takes {node['bytes'] / 2**30:.1f} GiB of the job's memory")
+        elif node.get("shared") and node["mode"] == "unpack":
+            said.append(f"{node['node']}: no disk has room for the image: it is on the shared file system, in {node['image']}")
+    return said

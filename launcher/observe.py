@@ -1,4 +1,6 @@
-"""What a plan is checked against on this machine: free disk where the runs lie, a token for the hub, the driver that earlier lives met."""
+"""What a plan is checked against on this machine: free disk where the runs lie, a token for the hub; driver and disks that earlier lives
+met.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.hardware.fits import Observed
+from launcher.image.unpack import read_log
 from launcher.run import Run
 from launcher.runs import all_runs
 
@@ -21,7 +24,13 @@ def observe(runs: Path | None, *, environ: Mapping[str, str], home: Path, site: 
     if runs is None:
         return Observed(token=has_token(environ, home))
     free_gib, free_files = free_disk(runs)
-    return Observed(free_gib, free_files, learned_driver(runs, site, hardware, partition), has_token(environ, home))
+    return Observed(
+        disk_free_gib=free_gib,
+        disk_free_files=free_files,
+        driver=learned_driver(runs, site, hardware, partition),
+        token=has_token(environ, home),
+        ram_disk_gib=learned_ram_disk_gib(runs, site, hardware, partition),
+    )
 
 
 def free_disk(folder: Path) -> tuple[float | None, int | None]:
@@ -58,6 +67,20 @@ def learned_driver(runs: Path, site: str, hardware: str, partition: str | None) 
         if drivers and _same_nodes(run, site, hardware, partition):
             return drivers[-1]
     return None
+
+
+def learned_ram_disk_gib(runs: Path, site: str, hardware: str, partition: str | None) -> float:
+    """Memory that the image took on a node of the newest life there that unpacked one; 0 where the nodes have disks, or nobody knows."""
+    for run in reversed(all_runs(runs)[-NEWEST_RUNS:]):
+        for life in reversed(range(run.lives_started())):
+            try:
+                nodes = read_log(run.unpack_log(life).read_text(encoding="utf-8", errors="replace"))
+            except OSError:
+                continue
+            unpacked = [node for node in nodes if node.get("mode") == "unpack"]
+            if unpacked and _same_nodes(run, site, hardware, partition):
+                return max(node["bytes"] / 2**30 if node["ram_backed"] else 0.0 for node in unpacked)
+    return 0.0
 
 
 def _same_nodes(run: Run, site: str, hardware: str, partition: str | None) -> bool:

@@ -121,6 +121,8 @@ class Memory:
     host_per_node_gib: float
     parts: dict[str, float]
     """weights, gradients, optimizer, activations, logits, other."""
+    ram_disk_gib: float = 0.0
+    """Of ``host_per_node_gib``: the unpacked image, where a node's disk is memory."""
 
 
 @dataclass(frozen=True)

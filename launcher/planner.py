@@ -72,8 +72,11 @@ def make_plan(
     options = _options(preset, site, slurm)
     partition = site.partitions.get(options.get("partition", ""))
     layout, attention = _layout(preset, hardware, site, partition), choose_attention(preset, hardware, stack, model_facts).kind
-    batch = _batch(preset, model_facts, hardware, layout, attention, stack)
-    memory = None if model_facts is None else predict_memory(preset, model_facts, hardware, layout, batch, attention, stack)
+    ram_disk_gib = _ram_disk_gib(container, site, observed)
+    batch = _batch(preset, model_facts, hardware, layout, attention, stack, ram_disk_gib)
+    memory = None
+    if model_facts is not None:
+        memory = predict_memory(preset, model_facts, hardware, layout, batch, attention, stack, ram_disk_gib=ram_disk_gib)
     disk = None if model_facts is None else predict_disk(preset, model_facts)
     limit_min = _time_limit_min(site, options, partition)
     time, lead_s = None, _signal_lead_s(site, limit_min, disk, 0.0)
@@ -252,7 +255,21 @@ def num_samples(preset: Preset, staged: Staged | None) -> tuple[int | None, int 
     return documents - held_out, held_out or (0 if preset.evaluation.every == "never" else None)
 
 
-def _batch(preset: Preset, facts: ModelFacts | None, hardware: Hardware, layout: Layout, attention: str, stack: Stack | None) -> Batch:
+def _ram_disk_gib(container: Container, site: Site, observed: Observed) -> float:
+    """What the unpacked image takes of a node's memory, where earlier lives met nodes whose disk is memory."""
+    unpacked = container.use == "apptainer" and site.container.mount != "file"
+    return round(observed.ram_disk_gib, 1) if unpacked else 0.0
+
+
+def _batch(
+    preset: Preset,
+    facts: ModelFacts | None,
+    hardware: Hardware,
+    layout: Layout,
+    attention: str,
+    stack: Stack | None,
+    ram_disk_gib: float = 0.0,
+) -> Batch:
     """Any effective batch on any number of ranks: shares as even as possible, in as many micro steps as the largest needs.
 
     ``micro_batch: auto`` is the largest that fits; 1 where none does, or where the memory is not predicted (gates say so).
@@ -260,8 +277,10 @@ def _batch(preset: Preset, facts: ModelFacts | None, hardware: Hardware, layout:
     effective, wanted = preset.training.effective_batch, preset.training.micro_batch
     shares = tuple(sizes(effective, layout.world_size))
     if wanted == "auto":
-        found = None if facts is None else largest_micro_batch(preset, facts, hardware, layout, shares, attention, stack)
-        wanted = found or 1
+        wanted = 1
+        if facts is not None:
+            found = largest_micro_batch(preset, facts, hardware, layout, shares, attention, stack, ram_disk_gib=ram_disk_gib)
+            wanted = found or 1
     micro_steps = -(-max(shares) // min(wanted, max(shares)))
     return Batch(effective, shares, -(-max(shares) // micro_steps), micro_steps)
 

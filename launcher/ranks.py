@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from launcher.caches import MAKE_CACHE, NARROWER, cache_environment
 from launcher.image.enter import bind
 from launcher.image.rank import rank_command as enter_on_node
 from launcher.plan import Plan
@@ -19,9 +21,10 @@ RANK_STUB = 'trap "" TERM USR2; export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCA
 """Every task of the step starts as this shell: it gives Slurm's numbers their torch names, and ignores a stop until Python has handlers."""
 
 SCRUBBED_PREFIXES = ("SLURM_", "SBATCH_", "PMI", "SUBMITIT_", "PYTHON", "APPTAINERENV_", "SINGULARITYENV_", "TORCHELASTIC_", "ACCELERATE_")
-SCRUBBED_NAMES = frozenset(
-    ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LD_PRELOAD", "FTLAUNCH_SUBMITIT"]
-)
+SCRUBBED_NAMES = NARROWER | {
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("LD_PRELOAD", "LD_AUDIT", "FTLAUNCH_SUBMITIT", "FTLAUNCH_CACHE"),
+}
 """What a rank outside a container must not inherit from whoever submitted."""
 
 
@@ -42,11 +45,18 @@ class Place:
     """The name under which this life's image is unpacked on a node: the job id, or the run and the supervisor's pid."""
     srun: str | None = None
     """Absolute path; None on this machine, without Slurm."""
+    cache: str | None = None
+    """The folder of the libraries' caches that the site names; None: the run's own."""
+
+
+def shared_folder(run: Run, place: Place) -> Path:
+    """Where a life unpacks its image on nodes that have no disk for it."""
+    return run.life(place.life) / "nodes"
 
 
 def rank_environment(run: Run, plan: Plan, place: Place) -> dict[str, str]:
     """What every rank's process must find in its environment, wherever it runs; RANK and LOCAL_RANK differ and are not among it."""
-    cache, layout = run.cache, plan.layout
+    layout = plan.layout
     threads = str(layout.threads_per_rank)
     values = {
         "PYTHONPATH": str(run.code),
@@ -64,14 +74,10 @@ def rank_environment(run: Run, plan: Plan, place: Place) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "HF_HOME": str(cache / "huggingface"),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions"),
-        "MPLCONFIGDIR": str(cache / "matplotlib"),
-        "WANDB_DIR": str(cache / "wandb"),
-        "XDG_CACHE_HOME": str(cache / "xdg"),
+        **cache_environment(run.cache if place.cache is None else Path(place.cache)),
     }
+    if place.cache is not None:
+        values["FTLAUNCH_CACHE"] = place.cache
     if layout.gpus_per_node == 0:
         values["ACCELERATE_USE_CPU"] = "true"
     interface = plan.site["network"]["ifname"] or ("lo" if place.srun is None else None)
@@ -91,17 +97,19 @@ def rank_command(run: Run, plan: Plan, place: Place) -> list[str]:
         ["python3", *training],
         job=place.job,
         life=place.life,
-        binds=binds(run, plan),
+        shared=str(shared_folder(run, place)),
+        binds=binds(run, plan, place),
         env=rank_environment(run, plan, place),
         gpus=plan.layout.gpus_per_node > 0,
         cwd=str(run.code),
     )
 
 
-def binds(run: Run, plan: Plan) -> list[str]:
-    """The folders that a rank in a container sees beside the image's own: run folder, staged folders (read-only), the site's."""
+def binds(run: Run, plan: Plan, place: Place) -> list[str]:
+    """The folders that a rank in a container sees beside the image's own: run folder, caches, staged folders (read-only), the site's."""
     staged = [] if plan.staged is None else [plan.staged.model, plan.staged.data]
-    return [bind(str(run.root)), *(bind(folder, read_only=True) for folder in staged), *plan.site["network"]["binds"]]
+    written = [str(run.root), *([place.cache] if place.cache is not None else [])]
+    return [*(bind(folder) for folder in written), *(bind(folder, read_only=True) for folder in staged), *plan.site["network"]["binds"]]
 
 
 def local_environment(run: Run, plan: Plan, place: Place, rank: int, environ: Mapping[str, str]) -> dict[str, str]:
@@ -138,7 +146,7 @@ def step_command(run: Run, plan: Plan, place: Place) -> list[str]:
         "--open-mode=append",
         "sh",
         "-c",
-        RANK_STUB,
+        RANK_STUB if place.cache is None else MAKE_CACHE + RANK_STUB,
         "rank",
         *rank_command(run, plan, place),
     ]

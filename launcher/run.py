@@ -116,6 +116,10 @@ class Run:
         """A supervisor claims its life by creating it."""
         return self.life(life) / "supervisor.log"
 
+    def unpack_log(self, life: int) -> Path:
+        """What the nodes said when they made the image ready."""
+        return self.life(life) / "unpack.log"
+
     def exit_record_file(self, life: int, rank: int) -> Path:
         return self.life(life) / f"rank-{rank}.json"
 

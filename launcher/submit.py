@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -38,10 +38,10 @@ def turns(run: Run) -> int:
     return len(run.events("submitted", "resumed", "started", "continued"))
 
 
-def submit(run: Run, *, after: Sequence[str] = ()) -> str:
+def submit(run: Run, *, after: Sequence[str] = (), details: Mapping[str, Any] = {}) -> str:
     """Hand a fresh run to Slurm, or to a supervisor of its own session on this machine; returns the job id or the supervisor's pid.
 
-    ``after``: jobs that must have ended well before it begins.
+    ``after``: jobs that must have ended well before it begins. ``details``: more for the event of the submission.
 
     Errors: ActionError (5) with the scheduler's own reason, after which the run is gone again; Unanswered (5) when a job may have been
     accepted, so that the run stays; AlreadyGoing (5) when it is not fresh any more.
@@ -49,7 +49,7 @@ def submit(run: Run, *, after: Sequence[str] = ()) -> str:
     with _alone(run), ExitStack() as undo:
         _still(run, 0)
         undo.callback(shutil.rmtree, run.root)
-        return _start(run, run.lives_started(), "submitted", undo, after)
+        return _start(run, run.lives_started(), "submitted", undo, after, **details)
 
 
 def resume(
@@ -61,11 +61,12 @@ def resume(
     plan: Plan | None = None,
     job_script: str | None = None,
     after: Sequence[str] = (),
+    details: Mapping[str, Any] = {},
 ) -> str:
     """Begin another life of a run; returns the job id or the supervisor's pid. That it does not live already is the caller's to see.
 
     ``seen``: ``turns`` before the caller looked. ``from_checkpoint``: ``epoch-2`` or ``step-100``; newer checkpoints are set aside.
-    ``plan`` and ``job_script``: what is changed from this life on. ``after``: as for ``submit``.
+    ``plan`` and ``job_script``: what is changed from this life on. ``after``, ``details``: as for ``submit``.
     Errors: UsageError when there is no such checkpoint or the plan is
     another run's, AlreadyGoing, ActionError; after each the run is as it was, except after Unanswered: a job may have been accepted.
     """
@@ -93,8 +94,8 @@ def resume(
             write_text(folder / "job.sbatch", job_script)
         if code_current:
             _swap_code(run, folder, undo)
-        details = {"from_step": chosen.step if chosen else None, "code": code_sha(run) if code_current else None}
-        return _start(run, life, "resumed", undo, after, **details)
+        own = {"from_step": chosen.step if chosen else None, "code": code_sha(run) if code_current else None}
+        return _start(run, life, "resumed", undo, after, **own, **details)
 
 
 def cancel(run: Run, *, now: bool) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from launcher.continuation import Decision, decide, did_a_step, history, newest, whole
+from launcher.continuation import Decision, decide, did_a_step, full_time_min, history, newest, whole
 from launcher.errors import EXIT_STOPPED, FtlaunchError, GateError, RunFailed, RunStopped
 from launcher.node import STOP_DEATHS, TO_THE_RANKS, Node, StepAskedToStop, node_here, node_of_job
 from launcher.plan import Plan
@@ -174,7 +174,8 @@ class Life:
     def _train(self, plan: Plan, node: Node, lease: Lease) -> Verdict:
         if self.wish.source is None:
             try:
-                node.prepare(lambda: self.wish.source is not None)
+                for remark in node.prepare(lambda: self.wish.source is not None):
+                    self.say(remark)
             except StepAskedToStop as error:
                 self.wish.source = str(error)
             except GateError as error:
@@ -303,7 +304,7 @@ class Life:
             refused = f"requeue refused: {reason}"
             self.say(refused)
         try:
-            job_id = node.job.follow_up(self.run.job_file(self.number))
+            job_id = node.job.follow_up(self.run.job_file(self.number), full_time_min(self.run))
         except FtlaunchError as error:
             cause = "; ".join(filter(None, (decision.cause, refused, str(error), f"to go on, type: ftlaunch resume {self.run.root}")))
             self._event(node, "stopped", step=step, cause=cause)

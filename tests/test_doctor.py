@@ -171,7 +171,7 @@ def test_setuid_needs_neither_fuse_nor_namespaces() -> None:
 
 
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = Folders(tmp_path / "a" / "runs", tmp_path / "images", tmp_path / "file" / "data", tmp_path / "home" / "cache")
+    folders = Folders(tmp_path / "a" / "runs", tmp_path / "home" / "images", tmp_path / "file" / "data")
     (tmp_path / "file").touch()
     mounts = [("/", "ext4"), (str(tmp_path), "lustre")]
     monkeypatch.setattr(checks, "LITTLE_BYTES", 0)
@@ -179,12 +179,11 @@ def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = list(checks.folder_checks(a_site(), folders, tmp_path / "home", mounts))
     assert [(check.level, check.code) for check in told] == [
         ("ok", "folder"),
-        ("ok", "folder"),
-        ("error", "folder"),
         ("warning", "folder-home"),
+        ("error", "folder"),
     ]
     monkeypatch.setattr(checks, "FULL_BYTES", 2**70)
-    assert [check.level for check in checks.folder_checks(a_site(), folders, tmp_path, mounts)] == ["error"] * 4
+    assert [check.level for check in checks.folder_checks(a_site(), folders, tmp_path, mounts)] == ["error"] * 3
     assert not (tmp_path / "a").exists()
 
 

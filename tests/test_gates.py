@@ -183,13 +183,7 @@ def test_refused(wish: dict[str, Any], changes: dict[str, Any], expected: str) -
             ],
         ),
         ({}, {"hardware": hardware(driver=None, cuda="12.5")}, []),
-        (
-            {},
-            {"site": site(cache="/scratch/cache", submit_limit=5)},
-            [
-                "warning: no-effect-yet: site cluster: cache has no effect yet (leave cache out)",
-            ],
-        ),
+        ({}, {"site": site(cache="/scratch/cache", submit_limit=5)}, []),
         (
             {},
             {"site": site(closed="2026-08-31", build={"on": "elsewhere"})},
@@ -232,7 +226,7 @@ def test_refused(wish: dict[str, Any], changes: dict[str, Any], expected: str) -
         "nothing",
         "driver-unknown",
         "driver-by-cuda",
-        "site-no-effect",
+        "site-cache",
         "site-closed",
         "memory-not-asked-for",
         "device-map",

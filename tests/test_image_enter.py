@@ -79,7 +79,7 @@ def test_what_of_the_host_is_kept() -> None:
     assert clean_environment({**kept, **left}) == kept
 
 
-def wait_for_image(folder: Path, name: str) -> Path:
+def leave_image(folder: Path, name: str) -> Path:
     """What ``unpack`` leaves, for the rank to find."""
     place = link("7", 2, "node1", links=folder)
     place.parent.mkdir(parents=True)
@@ -89,22 +89,24 @@ def wait_for_image(folder: Path, name: str) -> Path:
 
 
 def rank_process(tmp_path: Path, argv: list[str], **environment: str) -> subprocess.Popen[str]:
-    """A rank on the virtual node ``node1`` whose Apptainer is a script; LINKS points to the test's folder."""
+    """A rank on the virtual node ``node1`` whose Apptainer is a script; LINKS points to a folder of the test."""
     fake = tmp_path / "apptainer"
     fake.write_text('#!/bin/sh\nwhile [ "$1" != env ]; do last=$1; shift; done\nexport IMAGE_USED="$last"\nexec "$@"\n')
     fake.chmod(0o755)
-    line = rank_command(
-        sys.executable, Container("apptainer", "x.sif", command=str(fake)), argv, job="7", life=2, env={"PYTHONPATH": "/inside"}
-    )
-    start = f"import sys, pathlib, launcher.image.rank as r; r.link.__kwdefaults__['links'] = pathlib.Path({str(tmp_path)!r}); "
+    container, inside = Container("apptainer", "x.sif", command=str(fake)), {"PYTHONPATH": "/inside"}
+    line = rank_command(sys.executable, container, argv, job="7", life=2, shared=str(tmp_path / "shared"), env=inside)
+    links = f"pathlib.Path({str(tmp_path / 'links')!r})"
+    start = "import sys, pathlib, launcher.image.rank as r; "
+    start += f"r.find.__kwdefaults__['links'] = r.link.__kwdefaults__['links'] = {links}; "
     assert line[:3] == [sys.executable, "-m", "launcher.image.rank"]
     code = start + "sys.exit(r.main(sys.argv[1:]))"
     own = {**os.environ, "SLURMD_NODENAME": "node1", **environment}
     return subprocess.Popen([sys.executable, "-c", code, *line[3:]], env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_a_rank_finds_its_nodes_image(tmp_path: Path) -> None:
-    image = wait_for_image(tmp_path, "unpacked")
+@pytest.mark.parametrize("place", ["links", "shared"])
+def test_a_rank_finds_its_nodes_image(tmp_path: Path, place: str) -> None:
+    image = leave_image(tmp_path / place, "unpacked")
     show = "import os; print(os.environ['IMAGE_USED'], os.environ['PYTHONPATH'], os.environ.get('LD_PRELOAD'), os.environ['RANK'])"
     rank = rank_process(tmp_path, [sys.executable, "-c", show], LD_PRELOAD="", RANK="3")
     out, err = rank.communicate()
@@ -113,7 +115,7 @@ def test_a_rank_finds_its_nodes_image(tmp_path: Path) -> None:
 
 def test_a_rank_is_the_process_that_was_started(tmp_path: Path) -> None:
     """So a signal to it reaches the container, and the exit code is the container's."""
-    wait_for_image(tmp_path, "unpacked")
+    leave_image(tmp_path / "links", "unpacked")
     wait = (
         "import signal, sys, os\nsignal.signal(signal.SIGUSR2, lambda *_: sys.exit(85))\n"
         "print(os.getpid(), flush=True)\nwhile True: signal.pause()"
@@ -124,6 +126,16 @@ def test_a_rank_is_the_process_that_was_started(tmp_path: Path) -> None:
     rank.send_signal(signal.SIGUSR2)
     rank.communicate()
     assert rank.returncode == 85
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives a folder away")
+def test_a_rank_does_not_start_somebody_elses_image(tmp_path: Path) -> None:
+    """In /tmp another user can make the folder that we would have made."""
+    leave_image(tmp_path / "links", "planted")
+    image = leave_image(tmp_path / "shared", "ours")
+    os.chown(tmp_path / "links" / f"ftlaunch-{os.getuid()}", 12345, 12345)
+    rank = rank_process(tmp_path, [sys.executable, "-c", "import os; print(os.environ['IMAGE_USED'])"])
+    assert rank.communicate() == (f"{image}\n", "")
 
 
 def test_a_rank_without_an_image_says_so(tmp_path: Path) -> None:

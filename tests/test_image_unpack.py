@@ -259,6 +259,8 @@ def test_asking_the_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert job_is_alive("7") is alive
+    monkeypatch.setenv("PATH", "/nowhere:/bin")
+    assert job_is_alive("7", str(squeue)) is alive
     squeue.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert job_is_alive("7") is None

@@ -73,16 +73,16 @@ def test_hostile_environment_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_by_precedence(tmp_path: Path) -> None:
-    at = site(runs="/scratch/$USER/runs", images="${PROJECT}/images", data="~/data", cache="/cache")
+    at = site(runs="/scratch/$USER/runs", images="${PROJECT}/images", data="/scratch/data")
     environ = {"USER": "me", "PROJECT": "/project", "FTLAUNCH_IMAGES": "images"}
     found = choose_folders(at, environ=environ, home=Path("/home/me"), cwd=tmp_path)
-    assert found == Folders(Path("/scratch/me/runs"), tmp_path / "images", Path("/home/me/data"), Path("/cache"))
+    assert found == Folders(Path("/scratch/me/runs"), tmp_path / "images", Path("/scratch/data"))
 
 
 def test_folders_without_slurm(tmp_path: Path) -> None:
     found = choose_folders(site(scheduler="none"), environ={}, home=Path("/home/me"), cwd=tmp_path)
     cache = Path("/home/me/.cache/ftlaunch")
-    assert found == Folders(tmp_path / "runs", cache / "images", cache / "data", cache)
+    assert found == Folders(tmp_path / "runs", cache / "images", cache / "data")
     environ = {"XDG_CACHE_HOME": "/var/cache", "FTLAUNCH_RUNS": "/runs"}
     found = choose_folders(site(scheduler="none"), environ=environ, home=Path("/home/me"), cwd=tmp_path)
     assert (found.runs, found.data) == (Path("/runs"), Path("/var/cache/ftlaunch/data"))
@@ -96,6 +96,27 @@ def test_slurm_site_without_folders_says_the_lines(tmp_path: Path) -> None:
         "runs: /FOLDER/ON/THE/SHARED/FILE/SYSTEM/runs; images: /FOLDER/ON/THE/SHARED/FILE/SYSTEM/images; "
         "or set $FTLAUNCH_RUNS, $FTLAUNCH_IMAGES)"
     )
+
+
+def test_slurm_site_with_folders_in_home_is_refused_with_the_three_lines(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / "big").mkdir(parents=True)
+    (tmp_path / "scratch").mkdir()
+    (home / "scratch").symlink_to(tmp_path / "scratch")
+    at = site(runs="~/runs", images=str(home / "images"), data=str(tmp_path / "scratch" / ".." / "home" / "data"))
+    with pytest.raises(UsageError) as error:
+        choose_folders(at, environ={"SCRATCH": "/scratch/me"}, home=home, cwd=tmp_path)
+    assert str(error.value) == (
+        f"runs: site delft puts runs, images, data into home {home}, whose quota a model fills (write into "
+        "~/.config/ftlaunch/sites/NAME.yaml, below 'extends: delft': runs: $SCRATCH/ftlaunch/runs; images: $SCRATCH/ftlaunch/images; "
+        "data: $SCRATCH/ftlaunch/data; or set $FTLAUNCH_RUNS, $FTLAUNCH_IMAGES, $FTLAUNCH_DATA)"
+    )
+    linked = site(runs="~/scratch/runs", images="~/scratch/images", data="~/scratch/data")
+    assert choose_folders(linked, environ={}, home=home, cwd=tmp_path).runs == home / "scratch" / "runs"
+    typed = {f"FTLAUNCH_{name}": str(home / "big") for name in ("RUNS", "IMAGES", "DATA")}
+    assert choose_folders(at, environ=typed, home=home, cwd=tmp_path).runs == home / "big"
+    here = site(scheduler="none", runs="~/runs")
+    assert choose_folders(here, environ={}, home=home, cwd=tmp_path).runs == home / "runs"
 
 
 def test_folder_with_a_variable_that_is_not_set(tmp_path: Path) -> None:

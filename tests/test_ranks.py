@@ -27,7 +27,8 @@ def test_rank_on_the_host() -> None:
 def test_rank_in_a_container() -> None:
     plan = toy_plan(container=IMAGE, staged=STAGED, site={"network": {"binds": ["/etc/ib"], "ifname": "ib0"}})
     command = rank_command(RUN, plan, IN_JOB)
-    assert command[:7] == ["/venv/bin/python", "-m", "launcher.image.rank", "7", "3", "--", "/opt/bin/apptainer"]
+    shared = "/runs/toy-01234567/lives/3/nodes"
+    assert command[:8] == ["/venv/bin/python", "-m", "launcher.image.rank", "7", "3", shared, "--", "/opt/bin/apptainer"]
     mounts = [command[index + 1] for index, word in enumerate(command) if word == "--mount"]
     assert mounts == [
         "type=bind,source=/scratch,destination=/scratch",

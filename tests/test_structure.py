@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "launcher"
 
 LAYERS = [
-    {"errors", "files", "metrics", "plan", "run", "checkpoint", "shipped", "supported", "base_model", "serve"},
+    {"caches", "errors", "files", "metrics", "plan", "run", "checkpoint", "shipped", "supported", "base_model", "serve"},
     {"templating", "preset", "hardware"},
     {"planner"},
     {"render", "image", "stage", "export", "ranks", "remedies", "advice"},

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from launcher import metrics
-from launcher.cli.launch import GOING, state_now, states_now
+from launcher.cli.launch import GOING, Seen, seen_now
 from launcher.cli.show import out, progress, show_findings, show_plan
 from launcher.errors import FtlaunchError, RunFailed, RunStopped
 from launcher.files import read_json_lines
@@ -26,15 +26,19 @@ from launcher.submit import last_job_id
 QUEUE_LOOK_S = 60
 """Between questions to Slurm's controller, which serves everybody."""
 
+FIRST_LOOK_S = 10
+"""The first of them comes earlier: a job that can never start is to be heard of soon."""
+
 QUIET_EVENTS = frozenset({"checkpoint"})
 
 
 def facts_of(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """What ``status`` says of each run. One whose plan this version cannot read has a state and a cause."""
-    return [_facts(run, state) for run, state in zip(runs, states_now(runs))]
+    return [_facts(run, seen) for run, seen in zip(runs, seen_now(runs))]
 
 
-def _facts(run: Run, state: State) -> dict[str, Any]:
+def _facts(run: Run, seen: Seen) -> dict[str, Any]:
+    state, waits = seen.state, seen.waits
     rows = metrics.read(run.metrics_file, "train")
     last = rows[-1] if rows else {}
     ends = run.events("failed", "stopped", "crashed")
@@ -48,6 +52,9 @@ def _facts(run: Run, state: State) -> dict[str, Any]:
         "id": run.id,
         "state": state,
         "cause": cause,
+        "waits": None if waits is None else waits.text,
+        "stuck": waits is not None and waits.stuck,
+        "next": waits.command if waits is not None else _next(run, state),
         "step": last.get("step", 0),
         "steps": steps,
         "epoch": last.get("epoch"),
@@ -57,6 +64,11 @@ def _facts(run: Run, state: State) -> dict[str, Any]:
         "job": last_job_id(run),
         "folder": str(run.root),
     }
+
+
+def _next(run: Run, state: State) -> str | None:
+    """What to type where nothing goes on by itself."""
+    return f"ftlaunch resume {name_of(run)}" if state in ("stopped", "cancelled", "failed", "lost") else None
 
 
 def name_of(run: Run) -> str:
@@ -82,7 +94,7 @@ def follow_run(run: Run) -> int:
     show = _Show(run)
     with show:
         if run.record()["scheduler"] == "slurm":
-            state = _watch_slurm(run, show.look)
+            state = _watch_slurm(run, show.look, show.line)
         else:
             from launcher.follow import follow
 
@@ -119,17 +131,21 @@ def _conclude(run: Run, state: str) -> int:
     return 0
 
 
-def _watch_slurm(run: Run, look: Callable[[], None]) -> str:
-    """Until the run ends, or INT or HUP detach. The folder is looked at every second, Slurm asked every minute."""
+def _watch_slurm(run: Run, look: Callable[[], None], say: Callable[[str], None]) -> str:
+    """Until the run ends, or INT or HUP detach. The folder is looked at each second, Slurm asked each minute; what is new is said."""
     detached: list[int] = []
     before = {number: signal.signal(number, lambda heard, frame: detached.append(heard)) for number in (signal.SIGINT, signal.SIGHUP)}
-    asked_at = time.monotonic()
+    asked_at, told = time.monotonic() - QUEUE_LOOK_S + FIRST_LOOK_S, ""
     try:
         while not detached:
             look()
             state = state_of(run, Known())
             if state in GOING and time.monotonic() - asked_at > QUEUE_LOOK_S:
-                asked_at, state = time.monotonic(), state_now(run)
+                asked_at, seen = time.monotonic(), seen_now([run])[0]
+                state, waits = seen.state, "" if seen.waits is None else str(seen.waits)
+                if waits not in ("", told):
+                    say(f"job {last_job_id(run)}: {waits}")
+                told = waits
             if state not in GOING:
                 return state
             time.sleep(1)
@@ -158,6 +174,9 @@ class _Show:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
+
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False)
 
     def look(self) -> None:
         """Show what is new in the run folder."""

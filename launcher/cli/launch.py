@@ -13,6 +13,7 @@ from typing import Any, Literal
 from launcher.cli.chain import Ready, make_ready, start_chain, withdraw
 from launcher.cli.line import Line, Wish, batch_script, planned, read, refuse, rendered
 from launcher.cli.show import say, show_findings
+from launcher.cli.walltime import fit, fits_as_it_is, full_time_min
 from launcher.errors import Finding, FtlaunchError, GateError, MissingError, UsageError
 from launcher.plan import Container, Plan, to_json
 from launcher.preset.choose import SLURM_KEYS, Chosen
@@ -23,6 +24,8 @@ from launcher.preset.site import Site
 from launcher.preset.stack import Stack
 from launcher.run import Run, State
 from launcher.slurm.tools import Unanswered
+from launcher.slurm.waiting import Waiting
+from launcher.state import Known
 
 GOING: Collection[State] = ("queued", "running", "stopping", "continuing", "staging")
 """States that end by themselves."""
@@ -54,9 +57,10 @@ def launch(line: Line, *, new: bool) -> Launched:
     refuse(findings)
     existing = None if new else find_existing(plan, runs)
     if existing is None:
+        fitted = fit(line, plan, lambda line: planned(line, ready.container, ready.staged))
         try:
-            run = create_run(plan, lambda run: rendered(line, plan, run), line.preset.text, runs, new=new)
-            job = _with_chain(run, line, ready, lambda after: submit(run, after=after))
+            run = create_run(fitted.plan, lambda run: rendered(fitted.line, fitted.plan, run), line.preset.text, runs, new=new)
+            job = _with_chain(run, fitted.line, ready, lambda after: submit(run, after=after, details=fitted.details))
             return Launched(run, "submitted", "staging" if ready.pending else "queued", job)
         except (RunExists, AlreadyGoing) as error:  # two submissions at once: the other one was first
             existing = error.run
@@ -66,25 +70,48 @@ def launch(line: Line, *, new: bool) -> Launched:
         return Launched(existing, "shown", state_now(existing))
 
 
-def states_now(runs: Sequence[Run]) -> list[State]:
-    """What each run is doing. Slurm is asked once, and only about jobs whose end their folders do not tell."""
+@dataclass(frozen=True)
+class Seen:
+    """What a run is doing, and why its job waits where it does."""
+
+    state: State
+    waits: Waiting | None = None
+
+
+def seen_now(runs: Sequence[Run]) -> list[Seen]:
+    """Slurm is asked once, and only about jobs whose end their folders do not tell."""
     from launcher.slurm.queue import look_up
-    from launcher.state import Known, state_of
+    from launcher.state import state_of
     from launcher.submit import last_job_id
 
-    jobs: dict[int, str] = {}
+    jobs: dict[int, list[str]] = {}
     tools: dict[str, str] = {}
     states = [state_of(run, Known()) for run in runs]
     for index, run in enumerate(runs):
         job_id = last_job_id(run) if states[index] in GOING else None
         if job_id is not None:
-            jobs[index], tools = job_id, run.record()["tools"]
-    known = look_up(list(jobs.values()), tools) if jobs else {}
-    return [state_of(run, known.get(jobs[index], Known())) if index in jobs else states[index] for index, run in enumerate(runs)]
+            chain = [job for event in run.events("staging")[-1:] for job in event["jobs"].values()]
+            jobs[index], tools = [job_id, *(chain if not run.events("started") else [])], run.record()["tools"]
+    known = look_up([job for several in jobs.values() for job in several], tools) if jobs else {}
+    return [
+        Seen(state_of(run, known.get(jobs[index][0], Known())), _waits(run, jobs[index], known)) if index in jobs else Seen(states[index])
+        for index, run in enumerate(runs)
+    ]
+
+
+def _waits(run: Run, jobs: Sequence[str], known: Mapping[str, Known]) -> Waiting | None:
+    """``jobs``: the training's, then those that it waits for, of which one that is stuck is what counts."""
+    from launcher.cli.follow import name_of
+    from launcher.slurm.waiting import explain
+
+    why = [explain(known[job].reason, job=job, run=name_of(run)) for job in jobs if job in known and known[job].state == "pending"]
+    if not why or known[jobs[0]].state != "pending":
+        return None
+    return next((one for one in why if one.stuck), why[0])
 
 
 def state_now(run: Run) -> State:
-    return states_now([run])[0]
+    return seen_now([run])[0].state
 
 
 def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_current: bool) -> Launched:
@@ -99,7 +126,7 @@ def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_curren
         raise UsageError(f"{run.id} is {state}", code="alive", hint=f"ftlaunch status {run.id}")
     if run.plan(run.lives_started()).staged is None:
         raise UsageError(f"{run.id} was never staged", code="not-staged", hint="submit its preset again: it goes on from there")
-    if not (wish.settings or wish.options or wish.allowed):
+    if not (wish.settings or wish.options or wish.allowed) and fits_as_it_is(run, run.plan(run.lives_started())):
         return Launched(run, "resumed", "queued", resume(run, seen=seen, from_checkpoint=from_checkpoint, code_current=code_current))
     before = run.plan(run.lives_started())
     line = line_of(run, before, wish)
@@ -111,9 +138,19 @@ def resume_run(run: Run, wish: Wish, *, from_checkpoint: str | None, code_curren
         message = f"{', '.join(changed)} would make it another run: a resumed run keeps what determines its weights"
         goes_on = "ddp, single and fsdp go on as one another, a zero stage as itself, each on any number of ranks"
         raise UsageError(message, code="identity", hint=goes_on if changed == ["parallelism"] else "submit a preset with that change")
-    plan = replace(plan, identity=before.identity)
-    script = batch_script(line, plan, run)
-    job = resume(run, seen=seen, from_checkpoint=from_checkpoint, code_current=code_current, plan=plan, job_script=script)
+    full_min = None if (wish.options or {}).get("time") else full_time_min(run, before)
+    fitted = fit(line, plan, lambda line: planned(line, container, before.staged), wanted_min=full_min)
+    plan = replace(fitted.plan, identity=before.identity)
+    script = batch_script(fitted.line, plan, run)
+    job = resume(
+        run,
+        seen=seen,
+        from_checkpoint=from_checkpoint,
+        code_current=code_current,
+        plan=plan,
+        job_script=script,
+        details=fitted.details,
+    )
     return Launched(run, "resumed", "queued", job)
 
 
@@ -164,11 +201,13 @@ def _again(line: Line, plan: Plan, run: Run, ready: Ready) -> Launched:
     if state in GOING or state == "finished":
         return Launched(run, "shown", state)
     before = run.plan(run.lives_started())
+    fitted = fit(line, plan, lambda line: planned(line, ready.container, ready.staged))
+    line, plan, details = fitted.line, fitted.plan, fitted.details
     if to_json(before) == to_json(plan) and not ready.pending:
-        return Launched(run, "resumed", "queued", resume(run, seen=seen))
+        return Launched(run, "resumed", "queued", resume(run, seen=seen, details=details))
     say(f"{run.id} goes on with what changed")
     script = batch_script(line, plan, run)
-    job = _with_chain(run, line, ready, lambda after: resume(run, seen=seen, plan=plan, job_script=script, after=after))
+    job = _with_chain(run, line, ready, lambda after: resume(run, seen=seen, plan=plan, job_script=script, after=after, details=details))
     return Launched(run, "resumed", "staging" if ready.pending else "queued", job)
 
 
@@ -177,7 +216,8 @@ def preview(line: Line) -> dict[str, str]:
     plan, findings = planned(line)
     refuse(findings)
     _refuse_what_cannot_run(findings)
-    return rendered(line, plan, Run(line.folders.runs / f"{plan.name}-{plan.identity[:8]}"))
+    fitted = fit(line, plan, planned)
+    return rendered(fitted.line, fitted.plan, Run(line.folders.runs / f"{plan.name}-{plan.identity[:8]}"))
 
 
 def _refuse_what_cannot_run(findings: Sequence[Finding]) -> None:

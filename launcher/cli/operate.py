@@ -124,7 +124,9 @@ def status(
     from launcher.cli.follow import facts_of
     from launcher.cli.forecast import start_of
     from launcher.cli.launch import GOING
+    from launcher.cli.walltime import with_minutes
     from launcher.runs import all_runs
+    from launcher.slurm.waiting import MINUTES
 
     _one_document(as_json, watch, "--watch")
     while True:
@@ -132,15 +134,20 @@ def status(
         rows = facts_of(found)
         if run is not None and rows[0]["state"] == "queued":
             rows[0]["expected_start"] = start_of(found[0], rows[0]["job"])
+        if run is not None and MINUTES in (rows[0]["next"] or ""):
+            rows[0]["next"] = with_minutes(rows[0]["next"], found[0].plan(rows[0]["life"]))
         if run is not None:
             show_json({"ok": True, **rows[0]}) if as_json else show_plan(
-                {key: value for key, value in rows[0].items() if value is not None}
+                {key: value for key, value in rows[0].items() if value is not None and key != "stuck"}
             )
         elif as_json:
             show_json({"ok": True, "runs": rows})
         else:
             header = ("id", "state", "step", "steps", "loss", "life", "job")
             show_rows(header, [[row[key] for key in header] for row in rows])
+            for row in rows:
+                if row["stuck"]:
+                    out().print(f"{row['id']}: {row['waits']}: {row['next']}", markup=False)
         if not (watch and any(row["state"] in GOING for row in rows)):
             return
         time.sleep(WATCH_S)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from launcher import metrics
-from launcher.cli.launch import GOING, launch, resume_run, state_now
+from launcher.cli.launch import GOING, launch, resume_run, seen_now, state_now
 from launcher.cli.line import Line, Wish, planned, read, refuse
 from launcher.cli.show import say
 from launcher.errors import RunFailed
@@ -166,10 +166,11 @@ def _wait(run: Run, seen: Seen, until: Callable[[], bool], what: str, *, may_end
         failed = run.events("failed")
         ended = failed[-1].get("cause", "failed") if failed else None
         if time.monotonic() - asked >= ASK_SLURM_S or (may_end and run.events("stopped")):
-            state, asked = state_now(run), time.monotonic()
-            if state != told:
-                say(f"{run.id}: {state}, waiting for {what}")
-                told = state
+            look, asked = seen_now([run])[0], time.monotonic()
+            state, now = look.state, f"{look.state}, waiting for {what}" + ("" if look.waits is None else f"; {look.waits}")
+            if now != told:
+                say(f"{run.id}: {now}")
+                told = now
             if state not in GOING and not (may_end and state in ("stopped", "cancelled", "finished")):
                 ended = ended or f"it is {state}"
         if ended is not None:

@@ -27,6 +27,8 @@ class Observed:
     """Whether there is a token for the hub."""
     fingerprints: Mapping[str, str] | None = None
     """``data``, ``model``: names, sizes and times of local files, where their content cannot be read yet."""
+    ram_disk_gib: float = 0.0
+    """Memory of a node that the unpacked image took in an earlier life there, GiB: its disk is memory."""
 
 
 UNOBSERVED = Observed()
@@ -67,6 +69,8 @@ def _host_memory(plan: Plan, memory: Memory) -> Iterator[Finding]:
     asked = plan.layout.memory_per_node_gib
     if plan.layout.gpus_per_node and memory.host_per_node_gib > asked:
         message = f"{memory.host_per_node_gib:.1f} GiB of RAM are needed on a node, {asked} are asked for"
+        if memory.ram_disk_gib:
+            message += f" ({memory.ram_disk_gib:.1f} of them for the image: the disk of these nodes is memory)"
         hint = f"memory_per_node_gib: {int(memory.host_per_node_gib) + 1}, or --allow memory"
         yield Finding("error", "host-memory", message, key="memory_per_node_gib", hint=hint)
 

@@ -245,8 +245,6 @@ def _site_without_effect(site: Site) -> Iterator[Finding]:
     if site.build.on == "elsewhere":
         message = f"site {site.name} builds no images: submit takes the one that it finds in the folder of images"
         yield Finding("warning", "build-elsewhere", message, hint="ftlaunch build on another machine, or --print-only, and copy it")
-    if site.cache is not None:
-        yield Finding("warning", "no-effect-yet", f"site {site.name}: cache has no effect yet", hint="leave cache out")
 
 
 def _never_run(preset: Preset) -> Iterator[Finding]:

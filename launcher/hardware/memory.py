@@ -66,18 +66,27 @@ class Moment(NamedTuple):
 
 
 def predict_memory(
-    preset: Preset, facts: ModelFacts, hardware: Hardware, layout: Layout, batch: Batch, attention: str, stack: Stack | None = None
+    preset: Preset,
+    facts: ModelFacts,
+    hardware: Hardware,
+    layout: Layout,
+    batch: Batch,
+    attention: str,
+    stack: Stack | None = None,
+    *,
+    ram_disk_gib: float = 0.0,
 ) -> Memory:
     """The peak of the fullest GPU with its parts, what a process can use of a GPU, whether one fits into the other, and a node's RAM.
 
     On CPU the same parts lie in RAM: ``per_gpu_gib`` is what one rank computes with there (an upper bound: AdamW takes less for its step on
     CPU), ``available_gib`` a rank's share of what is asked of the scheduler, less what its libraries and the reading of a checkpoint take.
-    ``stack`` says how old transformers is; None: current.
+    ``stack`` says how old transformers is; None: current. ``ram_disk_gib``: what lies in a folder of the node that is memory.
     """
     peak = fullest_moment(preset, facts, hardware, layout, batch, attention, stack)
     ranks = layout.ranks_per_node
     gpu = hardware.gpu if layout.gpus_per_node else None
-    host = predict_host(preset, facts, layout, computed_gib=0.0 if gpu is not None else peak.total / GIB).peak
+    computed_gib = 0.0 if gpu is not None else peak.total / GIB
+    host = predict_host(preset, facts, layout, computed_gib=computed_gib, ram_disk_gib=ram_disk_gib).peak
     if gpu is None:
         other = FRAGMENTED * (peak.activations + peak.logits) / GIB
         available = layout.memory_per_node_gib / ranks - (host - ranks * peak.total / GIB) / ranks
@@ -88,7 +97,7 @@ def predict_memory(
     parts = {name: round(getattr(peak, name) / GIB, 3) for name in ("weights", "gradients", "optimizer", "activations", "logits")}
     parts["other"] = round(other, 3)
     used = round(sum(parts.values()), 3)
-    return Memory(used, round(available, 3), used <= available, round(host, 1), parts)
+    return Memory(used, round(available, 3), used <= available, round(host, 1), parts, ram_disk_gib)
 
 
 def largest_micro_batch(
@@ -99,13 +108,15 @@ def largest_micro_batch(
     shares: Sequence[int],
     attention: str,
     stack: Stack | None = None,
+    *,
+    ram_disk_gib: float = 0.0,
 ) -> int | None:
     """The largest number of samples that a rank can hold at once; None when not even one fits. ``shares``: samples of a step per rank."""
     most = max(shares)
 
     def fits(micro_batch: int) -> bool:
         batch = Batch(sum(shares), tuple(shares), micro_batch, -(-most // micro_batch))
-        return predict_memory(preset, facts, hardware, layout, batch, attention, stack).fits
+        return predict_memory(preset, facts, hardware, layout, batch, attention, stack, ram_disk_gib=ram_disk_gib).fits
 
     if fits(most):  # in one micro step no gradients are there yet: it may fit where a smaller one does not
         return most

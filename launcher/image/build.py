@@ -24,7 +24,7 @@ from launcher.image.apptainer import ask, find_apptainer, labels, last_line
 from launcher.image.claim import SCRATCH, Holder, claim
 from launcher.image.definition import build_arguments, identity, image_files, render_definition
 from launcher.image.disk import choose_folder
-from launcher.image.enter import clean_environment
+from launcher.image.enter import apptainer_folders, clean_environment
 from launcher.image.mirrors import debian_mirror, machine_sources, write_sources
 from launcher.image.sweep import remove_tree
 from launcher.plan import Container
@@ -117,7 +117,7 @@ def image_file(stack: Stack, wanted: str, images: Path) -> Path:
 def _build(command: str, argv: Sequence[str], stack: Stack, wanted: str, part: Path, image: Path, scratch: Path) -> None:
     """Build ``part``, test it, write its record, rename it to ``image``."""
     start = time.monotonic()
-    own = {name: str(scratch / "tmp") for name in ("APPTAINER_TMPDIR", "APPTAINER_CACHEDIR")}
+    own = apptainer_folders(scratch / "tmp")
     log_file = _log_file(image)
     log_file.parent.mkdir(exist_ok=True)
     _run(argv, scratch / "definition", own, log_file)

@@ -31,19 +31,27 @@ class Space:
 class Disk:
     folder: Path
     ram_backed: bool
+    shared: bool = False
 
 
 def choose_folder(
-    folders: Sequence[str], needed_bytes: int, *, environ: Mapping[str, str], space: Callable[[Path], Space] | None = None
+    folders: Sequence[str],
+    needed_bytes: int,
+    *,
+    environ: Mapping[str, str],
+    shared: Path | None = None,
+    ranks_bytes: int | None = None,
+    space: Callable[[Path], Space] | None = None,
 ) -> Disk:
-    """The first folder on a disk with room for ``needed_bytes``; where there is none, the first in memory (tmpfs) with room.
+    """The first folder on a disk with room for ``needed_bytes``; where there is none, the first in memory (tmpfs) with room; where that
+    is none either, ``shared``, which lies on a file system of all nodes and may be slow.
 
-    Memory counts as room only up to half of what the job may still use, since the ranks need it too.
-    Errors: GateError that says of each folder why it was not taken.
+    Memory counts as room as far as the job leaves it over: ``ranks_bytes`` are what the ranks of the node take; half of it where nobody
+    has predicted that. Errors: GateError that says of each folder why it was not taken.
     """
-    measure = space or space_of
+    measure = space or (lambda folder: space_of(folder, ranks_bytes=ranks_bytes))
     refused, in_memory = [], []
-    for written in folders:
+    for written in [*folders, *([str(shared)] if shared is not None else [])]:
         folder, reason = _expand(written, environ)
         if folder is None:
             refused.append(f"{written} {reason}")
@@ -55,8 +63,10 @@ def choose_folder(
             refused.append(f"{folder} has room for {offer.free_files} files only")
         elif offer.ram_backed:
             in_memory.append(folder)
-        else:
+        elif folder != shared:
             return Disk(folder, False)
+        elif not in_memory:
+            return Disk(folder, False, shared=True)
     if in_memory:
         return Disk(in_memory[0], True)
     wanted = f"{_gib(needed_bytes)} and {_gib(MARGIN_BYTES)} to spare"
@@ -67,31 +77,49 @@ def choose_folder(
     )
 
 
-def space_of(folder: Path, mounts: str = "/proc/self/mounts", memory: str = "/proc/meminfo", cgroup: str = "/proc/self/cgroup") -> Space:
+def space_of(
+    folder: Path,
+    mounts: str = "/proc/self/mounts",
+    memory: str = "/proc/meminfo",
+    cgroup: str = "/proc/self/cgroup",
+    *,
+    ranks_bytes: int | None = None,
+) -> Space:
+    """``ranks_bytes``: as for ``choose_folder``."""
     facts = os.statvfs(folder)
     free = facts.f_bavail * facts.f_frsize
     ram_backed = _filesystem(folder, Path(mounts)) in ("tmpfs", "ramfs")
     if ram_backed:
-        free = min(free, _available_memory(Path(memory), Path(cgroup)) // 2)
+        available = _available_memory(Path(memory), Path(cgroup))
+        free = max(0, min(free, available // 2 if ranks_bytes is None else available - ranks_bytes))
     return Space(free, facts.f_favail if facts.f_files else None, ram_backed)
 
 
-def private_folder(base: Path) -> Path:
-    """``base/ftlaunch-<uid>``, which only this user can enter.
+def private_name(base: Path) -> Path:
+    return base / f"ftlaunch-{os.getuid()}"
 
-    Errors: GateError when somebody else made it first: in a folder that all may write to, they could put their own image there.
-    """
-    folder = base / f"ftlaunch-{os.getuid()}"
+
+def is_mine(folder: Path) -> bool:
+    """Whether a folder in a place that all may write to is this user's: in somebody else's there could be somebody else's image."""
+    try:
+        state = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid()
+
+
+def private_folder(base: Path) -> Path:
+    """``base/ftlaunch-<uid>``, which only this user can enter. Errors: GateError when it cannot be made, or is somebody else's."""
+    folder = private_name(base)
     try:
         folder.mkdir(mode=0o700)
     except FileExistsError:
         pass
     except OSError as error:
         raise GateError(f"{folder} cannot be made: {error.strerror}", code="node-disk") from error
-    state = folder.lstat()
-    if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid():
+    if not is_mine(folder):
         raise GateError(f"{folder} exists and is not this user's folder", code="node-disk", hint="have it removed")
-    if state.st_mode & 0o077:
+    if folder.stat().st_mode & 0o077:
         folder.chmod(0o700)
     return folder
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launcher.errors import UsageError
 from launcher.plan import BIND, Container
@@ -93,6 +94,13 @@ def mount(value: str) -> list[str]:
     kept = [option for option in options.split(",") if option not in ("", "rw")]
     fields = ["type=bind", f"source={source}", f"destination={target}", *kept]
     return ["--mount", ",".join('"' + field.replace('"', '""') + '"' if re.search('[",]', field) else field for field in fields)]
+
+
+def apptainer_folders(scratch: Path) -> dict[str, str]:
+    """Environment in which Apptainer, under each of its names, writes what is temporary, and what it keeps, to ``scratch`` and not to a
+    home or to /tmp.
+    """
+    return {f"{name}_{what}": str(scratch) for name in ("APPTAINER", "SINGULARITY") for what in ("TMPDIR", "CACHEDIR")}
 
 
 def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:

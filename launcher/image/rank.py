@@ -1,4 +1,4 @@
-"""Starts one process in the image that its node unpacked: ``python -m launcher.image.rank JOB LIFE -- COMMAND``. Standard library only.
+"""Starts one process in the image that its node unpacked: ``python -m launcher.image.rank JOB LIFE SHARED -- COMMAND``. Standard library.
 
 It finds what ``launcher.image.unpack`` left for this node, puts it in the place of ``IMAGE`` and becomes the container's command by
 ``exec``: same process id, so that every signal reaches the container and nothing is left to pass it on. Python 3.9, on the host.
@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from launcher.image.enter import clean_environment, enter
-from launcher.image.unpack import link, node_name
+from launcher.image.unpack import find, link, node_name
 from launcher.plan import Container
 
 IMAGE = "@image@"
@@ -25,6 +26,7 @@ def rank_command(
     *,
     job: str,
     life: int,
+    shared: str,
     binds: Sequence[str] = (),
     env: Mapping[str, str] = {},
     gpus: bool = False,
@@ -34,7 +36,8 @@ def rank_command(
 
     ``python`` is the host's interpreter; the process needs ``<run>/code`` on PYTHONPATH, which only this wrapper sees: what the rank
     needs on its path goes into ``env``. Variables that differ from rank to rank (RANK, LOCAL_RANK, CUDA_VISIBLE_DEVICES) are set in the
-    process's environment and kept by ``clean_environment``. ``job`` and ``life`` are those of the ``unpack`` step, the rest is ``enter``'s.
+    process's environment and kept by ``clean_environment``. ``job``, ``life`` and ``shared`` are those of the ``unpack`` step, the rest is
+    ``enter``'s.
     """
     return [
         python,
@@ -42,6 +45,7 @@ def rank_command(
         "launcher.image.rank",
         job,
         str(life),
+        shared,
         "--",
         *enter(container, IMAGE, argv, binds=binds, env=env, gpus=gpus, cwd=cwd),
     ]
@@ -49,11 +53,13 @@ def rank_command(
 
 def main(arguments: Sequence[str]) -> int:
     """Does not return where the image is there; 4 where this node has none."""
-    job, life, separator, *command = arguments
+    job, life, shared, separator, *command = arguments
     assert separator == "--"
-    place = link(job, int(life), node_name(os.environ))
-    if not place.exists():
-        sys.stderr.write(f"{place} is missing: the image of job {job}, life {life} was not unpacked on this node\n")
+    node = node_name(os.environ)
+    place = find(job, int(life), node, Path(shared))
+    if place is None:
+        missing = link(job, int(life), node)
+        sys.stderr.write(f"{missing} is missing: the image of job {job}, life {life} was not unpacked on this node\n")
         return 4
     image = os.path.realpath(place)
     os.execvpe(command[0], [image if word == IMAGE else word for word in command], clean_environment(os.environ))

@@ -54,9 +54,9 @@ def sweep(base: Path, me: Owner, *, is_job_alive: Callable[[str], bool | None] |
     return removed
 
 
-def job_is_alive(job: str) -> bool | None:
-    """Whether Slurm knows the job as pending or running; None when it cannot be asked."""
-    squeue = shutil.which("squeue")
+def job_is_alive(job: str, squeue: str | None = None) -> bool | None:
+    """Whether Slurm knows the job as pending or running; None when it cannot be asked. ``squeue``: its path where it is known."""
+    squeue = squeue or shutil.which("squeue")
     if squeue is None:
         return None
     try:

@@ -8,15 +8,18 @@ A supervisor uses it so (``rank.py`` is the third part):
    leaves behind is swept by the next ``unpack`` on that node.
 
 Each node has ``/tmp/ftlaunch-<uid>/<node>-<job>-<life>/`` with ``owner.json`` and ``image``: the unpacked folder, a link to it on another
-disk, or a link to the ``.sif`` where the node mounts images through the kernel. Ranks need nothing but that name.
+disk, or a link to the ``.sif`` where the node mounts images through the kernel. Ranks need nothing but that name. Where a node has no
+disk that takes the image, it is unpacked below ``shared``, a folder that all nodes see; where not even /tmp can be written, the links lie
+there too. Mounting it by FUSE instead is no way out: the mount ends with the first stop signal.
 
-The step prints one JSON line per node: ``{"node", "mode": "file"|"unpack", "image", "bytes", "ram_backed", "seconds", "swept"}`` and ends
-with 0; or ``{"node", "error"}`` and 3 (no disk has room) or 5 (the unpacking failed).
+The step prints one JSON line per node: ``{"node", "mode": "file"|"unpack", "image", "bytes", "ram_backed", "shared", "seconds", "swept"}``
+and ends with 0; or ``{"node", "error"}`` and 3 (nothing has room) or 5 (the unpacking failed). ``read_log`` reads such lines.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -27,13 +30,14 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ActionError, FtlaunchError
-from launcher.image.disk import choose_folder, private_folder
-from launcher.image.enter import clean_environment
-from launcher.image.sweep import Owner, remove_tree, sweep
+from launcher.image.disk import choose_folder, is_mine, private_folder, private_name
+from launcher.image.enter import apptainer_folders, clean_environment
+from launcher.image.sweep import Owner, job_is_alive, remove_tree, sweep
 from launcher.run import boot_id, process_start
 
 LINKS = Path("/tmp")
@@ -53,29 +57,54 @@ class Unpacked:
     """Taken on the node's disk; 0 for ``file``."""
     ram_backed: bool
     """The disk is memory (tmpfs): ``bytes`` count against the job's memory."""
+    shared: bool
+    """It lies on the shared file system, since no disk of the node took it."""
     seconds: float
     swept: list[str]
     """Folders of dead jobs and lives that were removed."""
 
 
-def unpack_command(python: str, image: str, command: str, folders: Sequence[str], *, job: str, life: int, mode: str = "auto") -> list[str]:
+def unpack_command(
+    python: str,
+    image: str,
+    command: str,
+    folders: Sequence[str],
+    *,
+    job: str,
+    life: int,
+    mode: str = "auto",
+    shared: str | None = None,
+    ranks_bytes: int | None = None,
+    squeue: str | None = None,
+) -> list[str]:
     """The argument list of the per-node step. ``folders`` is ``site.local_disk`` as written: variables are expanded on the node.
 
-    ``command`` is ``container.command``, ``mode`` is ``site.container.mount``. The step needs ``<run>/code`` on PYTHONPATH.
+    ``command`` is ``container.command``, ``mode`` is ``site.container.mount``; ``shared``, ``ranks_bytes`` and ``squeue`` are those of
+    ``unpack``. The step needs ``<run>/code`` on PYTHONPATH.
     """
     named = [word for folder in folders for word in ("--folder", folder)]
     options = ["--image", image, "--command", command, *named, "--job", job, "--life", str(life), "--mode", mode]
+    options += ["--shared", shared] if shared is not None else []
+    options += ["--ranks-bytes", str(ranks_bytes)] if ranks_bytes is not None else []
+    options += ["--squeue", squeue] if squeue is not None else []
     return [python, "-m", "launcher.image.unpack", *options]
 
 
-def remove_command(python: str, *, job: str, life: int) -> list[str]:
+def remove_command(python: str, *, job: str, life: int, shared: str | None = None) -> list[str]:
     """The argument list of the per-node step that undoes ``unpack_command``."""
-    return [python, "-m", "launcher.image.unpack", "--remove", "--job", job, "--life", str(life)]
+    options = ["--job", job, "--life", str(life), *(["--shared", shared] if shared is not None else [])]
+    return [python, "-m", "launcher.image.unpack", "--remove", *options]
 
 
 def link(job: str, life: int, node: str, *, links: Path = LINKS) -> Path:
     """Where the image of this job and life is on ``node``: computable by everybody, whichever disk was chosen."""
-    return links / f"ftlaunch-{os.getuid()}" / _name(job, life, node) / "image"
+    return private_name(links) / _name(job, life, node) / "image"
+
+
+def find(job: str, life: int, node: str, shared: Path | None = None, *, links: Path = LINKS) -> Path | None:
+    """The link that ``unpack`` left for this node, None where there is none. One in somebody else's folder is not ours."""
+    places = [link(job, life, node, links=base) for base in (links, shared) if base is not None and is_mine(private_name(base))]
+    return next((place for place in places if place.exists()), None)
 
 
 def node_name(environ: Mapping[str, str]) -> str:
@@ -92,21 +121,29 @@ def unpack(
     life: int,
     node: str,
     mode: str = "auto",
+    shared: Path | None = None,
+    ranks_bytes: int | None = None,
+    squeue: str | None = None,
     owner_pid: int | None = None,
     environ: Mapping[str, str] = os.environ,
     links: Path = LINKS,
 ) -> Unpacked:
     """Make ``image`` usable on this node; a second call for the same job, life and node finds the first one's work.
 
-    ``owner_pid``: without a scheduler, the process whose death makes the folder dead.
+    ``shared``: a folder of the run, used where no local disk takes the image or the links. ``ranks_bytes``: memory that the node's ranks
+    will take, which an image in memory must leave them. ``squeue``: its path, to learn which jobs are dead. ``owner_pid``: without a
+    scheduler, the process whose death makes the folder dead.
     Errors: GateError when no folder has room, ActionError when the unpacking fails (with what Apptainer said).
     """
     start = time.monotonic()
     owner = Owner(node, job, life, socket.gethostname(), boot_id(), owner_pid, process_start(owner_pid) if owner_pid else None)
-    home = private_folder(links)
+    if shared is not None:
+        shared.mkdir(mode=0o700, exist_ok=True)
+    home = private_folder(links if shared is None or _can_write(links) else shared)
     place = _claim(home, owner)
     bases = [home, *(base for folder in folders if (base := Path(os.path.expandvars(folder)) / home.name).is_dir())]
-    swept = [str(path) for base in dict.fromkeys(bases) for path in sweep(base, owner)]
+    alive = partial(job_is_alive, squeue=squeue)
+    swept = [str(path) for base in dict.fromkeys(bases) for path in sweep(base, owner, is_job_alive=alive)]
     target = place / "image"
     unpacked, ram_backed, size = target.is_dir(), False, 0
     if not target.exists():
@@ -114,23 +151,42 @@ def unpack(
             _link(target, Path(image))
         else:
             size = unpacked_bytes(image)
-            disk = choose_folder(folders, size, environ=environ)
+            disk = choose_folder(folders, size, environ=environ, shared=shared, ranks_bytes=ranks_bytes)
             ram_backed, unpacked = disk.ram_backed, True
             there = _claim(private_folder(disk.folder), owner)
             _build_sandbox(image, command, there / "image", environ)
             if there != place:
                 _link(target, there / "image")
     real = os.path.realpath(target)
-    return Unpacked(node, "unpack" if unpacked else "file", real, size, ram_backed, round(time.monotonic() - start, 2), swept)
+    is_shared = shared is not None and Path(real).is_relative_to(os.path.realpath(shared))
+    seconds = round(time.monotonic() - start, 2)
+    return Unpacked(node, "unpack" if unpacked else "file", real, size, ram_backed, is_shared, seconds, swept)
 
 
-def remove(*, job: str, life: int, node: str, links: Path = LINKS) -> None:
+def remove(*, job: str, life: int, node: str, shared: Path | None = None, links: Path = LINKS) -> None:
     """Remove what ``unpack`` made for this job and life on this node; nothing to remove is fine."""
-    image = link(job, life, node, links=links)
-    there = Path(os.path.realpath(image)).parent
-    if image.is_symlink() and there.name == image.parent.name and Owner.read(there) == Owner.read(image.parent):
-        remove_tree(there)
-    remove_tree(image.parent)
+    for base in (links, shared):
+        if base is None or not is_mine(private_name(base)):
+            continue
+        image = link(job, life, node, links=base)
+        there = Path(os.path.realpath(image)).parent
+        if image.is_symlink() and there.name == image.parent.name and Owner.read(there) == Owner.read(image.parent):
+            remove_tree(there)
+        remove_tree(image.parent)
+    if shared is not None:
+        for folder in (private_name(shared), shared):  # the last node leaves nothing
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def read_log(text: str) -> list[dict[str, Any]]:
+    """The lines that steps of this module printed, among whatever else stands in their log."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            said = json.loads(line)
+            found += [said] if isinstance(said, dict) and "node" in said else []
+    return found
 
 
 def unpacked_bytes(image: str) -> int:
@@ -162,6 +218,17 @@ def mounts_by_kernel(command: str) -> bool:
     return bool(allowed) and not re.search(r"^\s*allow setuid(-mount squashfs)?\s*=\s*no\b", settings, re.MULTILINE)
 
 
+def _can_write(folder: Path) -> bool:
+    """Whether a folder of ours can be there. Tried, since rights do not tell of a file system that is full or read-only."""
+    if is_mine(private_name(folder)):
+        return os.access(private_name(folder), os.W_OK | os.X_OK)
+    try:
+        Path(tempfile.mkdtemp(prefix=".ftlaunch-", dir=folder)).rmdir()
+    except OSError:
+        return False
+    return True
+
+
 def _name(job: str, life: int, node: str) -> str:
     name = f"{node}-{job}-{life}"
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name), name
@@ -189,7 +256,7 @@ def _build_sandbox(image: str, command: str, folder: Path, environ: Mapping[str,
     part, scratch = folder.with_name("image.part"), folder.with_name("tmp")
     remove_tree(part)
     scratch.mkdir(exist_ok=True)
-    own = {**clean_environment(environ), "APPTAINER_TMPDIR": str(scratch), "APPTAINER_CACHEDIR": str(scratch)}
+    own = {**clean_environment(environ), **apptainer_folders(scratch)}
     built = subprocess.run([command, "build", "--sandbox", str(part), image], capture_output=True, text=True, env=own, check=False)
     remove_tree(scratch)
     if built.returncode != 0:
@@ -207,16 +274,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--job", required=True)
     parser.add_argument("--life", type=int, required=True)
     parser.add_argument("--mode", choices=["auto", "file", "unpack"], default="auto")
+    parser.add_argument("--shared", type=Path)
+    parser.add_argument("--ranks-bytes", type=int)
+    parser.add_argument("--squeue")
     parser.add_argument("--remove", action="store_true")
     given = parser.parse_args(arguments)
     node = node_name(os.environ)
     line: dict[str, Any]
     if given.remove:
-        remove(job=given.job, life=given.life, node=node)
+        remove(job=given.job, life=given.life, node=node, shared=given.shared)
         line, code = {"node": node, "removed": True}, 0
     else:
+        own = {"mode": given.mode, "shared": given.shared, "ranks_bytes": given.ranks_bytes, "squeue": given.squeue}
         try:
-            line = asdict(unpack(given.image, given.command, given.folder, job=given.job, life=given.life, node=node, mode=given.mode))
+            line = asdict(unpack(given.image, given.command, given.folder, job=given.job, life=given.life, node=node, **own))
             code = 0
         except FtlaunchError as error:
             line, code = {"node": node, "error": str(error)}, error.exit_code

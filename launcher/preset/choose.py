@@ -37,8 +37,6 @@ class Folders:
     runs: Path
     images: Path
     data: Path
-    cache: Path
-    """Caches of the libraries, so that no home with a small quota is written to."""
 
 
 def choose_site(option: str | None, *, environ: Mapping[str, str], config: Loaded[UserConfig] | None, preset: Loaded[Preset]) -> Chosen:
@@ -103,32 +101,44 @@ def with_partition(chosen: Mapping[str, Chosen], site: Site, partition: str) -> 
 
 def choose_folders(site: Site, *, environ: Mapping[str, str], home: Path, cwd: Path) -> Folders:
     """``$FTLAUNCH_RUNS``, ``$FTLAUNCH_IMAGES``, ``$FTLAUNCH_DATA``, else the site's, else, only without Slurm, ``./runs`` and
-    the user's cache folder. Errors: UsageError when a Slurm site leaves one open, or names a variable that is not set.
+    the user's cache folder.
+
+    Errors: UsageError when a Slurm site leaves one open or puts it into home (links are followed), or names a variable that is not set.
     """
     cache_home = Path(environ.get("XDG_CACHE_HOME") or home / ".cache") / "ftlaunch"
     defaults = {"runs": cwd / "runs", "images": cache_home / "images", "data": cache_home / "data"}
     found: dict[str, Path] = {}
     missing: list[str] = []
+    inside: list[str] = []
     for name, default in defaults.items():
-        said = environ.get(f"FTLAUNCH_{name.upper()}") or _expanded(getattr(site, name), name, site, environ, home)
+        variable = environ.get(f"FTLAUNCH_{name.upper()}")
+        said = variable or _expanded(getattr(site, name), name, site, environ, home)
         if said:
             found[name] = cwd / said
+            if not variable and site.scheduler == "slurm" and found[name].resolve().is_relative_to(home.resolve()):
+                inside.append(name)
         elif site.scheduler == "none":
             found[name] = default
         else:
             missing.append(name)
     if missing:
-        lines = "; ".join(f"{name}: /FOLDER/ON/THE/SHARED/FILE/SYSTEM/{name}" for name in missing)
-        variables = ", ".join(f"$FTLAUNCH_{name.upper()}" for name in missing)
-        raise UsageError(
-            f"site {site.name} says no folder for {', '.join(missing)}",
-            code="no-folders",
-            key=missing[0],
-            hint=f"write into ~/.config/ftlaunch/sites/NAME.yaml, below 'extends: {site.name}': {lines}; or set {variables}",
-        )
-    cache = _expanded(site.cache, "cache", site, environ, home)
-    fallback = cache_home if site.scheduler == "none" else found["data"] / "cache"
-    return Folders(found["runs"], found["images"], found["data"], cwd / cache if cache else fallback)
+        raise _no_folders(f"site {site.name} says no folder for {', '.join(missing)}", missing, site, environ)
+    if inside:
+        why = "whose quota a model fills"
+        raise _no_folders(f"site {site.name} puts {', '.join(inside)} into home {home}, {why}", inside, site, environ)
+    return Folders(found["runs"], found["images"], found["data"])
+
+
+def _no_folders(message: str, names: Sequence[str], site: Site, environ: Mapping[str, str]) -> UsageError:
+    place = "$SCRATCH/ftlaunch" if environ.get("SCRATCH") else "/FOLDER/ON/THE/SHARED/FILE/SYSTEM"
+    lines = "; ".join(f"{name}: {place}/{name}" for name in names)
+    variables = ", ".join(f"$FTLAUNCH_{name.upper()}" for name in names)
+    return UsageError(
+        message,
+        code="no-folders",
+        key=names[0],
+        hint=f"write into ~/.config/ftlaunch/sites/NAME.yaml, below 'extends: {site.name}': {lines}; or set {variables}",
+    )
 
 
 def _of_partition(key: str, site: Site, chosen: Mapping[str, Chosen]) -> str | None:

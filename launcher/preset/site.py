@@ -9,6 +9,9 @@ from pydantic import Field
 
 from launcher.preset.fields import Bind, Duration, EnvName, Frozen, Name, Text, Word
 
+Interfaces = Annotated[str, Field(pattern=r"^\^?=?[A-Za-z0-9_.@-]{1,15}(,[A-Za-z0-9_.@-]{1,15}){0,15}$")]
+Suffix = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,200}$")]
+
 
 class SiteContainer(Frozen):
     use: Literal["apptainer", "none"] = "apptainer"
@@ -87,12 +90,18 @@ class Work(Frozen):
 
 
 class Network(Frozen):
-    ifname: Word | None = None
-    """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME."""
-    host_suffix: Word | None = None
+    ifname: Interfaces | None = None
+    """The interface between the nodes, as NCCL_SOCKET_IFNAME has it: prefixes (``ib,eth``), ``=ib0`` exactly, ``^docker`` all others.
+    gloo, which takes whole names only, is told the first that a node has. None: NCCL's own choice; gloo's is the way to the first node."""
+    host_suffix: Suffix | None = None
+    """What makes a node's name (``node1``) one of the fast network: ``-ib``, ``.cluster``. None: the address that Slurm has for it."""
     env: dict[EnvName, Text] = {}
+    """Variables of every rank: ``NCCL_``, ``UCX_``, ``FI_`` settings, a path of libraries that ``binds`` bring."""
     binds: list[Bind] = []
-    """As ``container.binds``."""
+    """As ``container.binds``: libraries of the fabric (Slingshot's libfabric)."""
+    rendezvous_s: Annotated[int, Field(gt=0)] = 60
+    """Seconds in which every node must have reached the first one. Default: nodes start within seconds of each other, a slow one within a
+    minute; torch itself would wait half an hour."""
 
 
 class Mirrors(Frozen):
@@ -154,14 +163,17 @@ class Site(Frozen):
     build: Work = Work()
     stage: Work = Work()
     local_disk: list[Text] = ["$LOCAL_SCRATCH", "$SLURM_TMPDIR", "$TMPDIR", "/tmp"]
-    """Folders on the node, first usable one wins."""
+    """Folders on the node: the first one on a disk with room for the unpacked image wins; where there is none, the first in memory (tmpfs)
+    that leaves the ranks what they need; where that is none either, the run's own folder. A variable at the beginning is the node's."""
     local_disk_request: Word | None = None
     """Added to the GRES request: ``nvme:200``."""
     runs: Text | None = None
     images: Text | None = None
     data: Text | None = None
     cache: Text | None = None
-    """No effect yet: the libraries' caches of a run lie in its folder."""
+    """Folder in which the libraries of all runs with the same image keep what they compile and download, so that only the first one does;
+    in it a folder of each user and image. Shared, or on the nodes' own disks: its variables are those of the node, and every node makes
+    it. None: each run has its own in its folder."""
     modules: list[Word] = []
     """Loaded in the batch script, never purged."""
     checkpoint_write_gb_s: Annotated[float, Field(gt=0)] = 1.0

@@ -54,14 +54,14 @@ def ask_cluster(user: str, *, timeout_s: float = TIMEOUT_S) -> Cluster:
         hint = "run this on a login node of the cluster, where its Slurm commands are on PATH"
         raise MissingError("scontrol: not found on this machine", code="no-slurm", hint=hint)
     failed: dict[str, str] = {}
-    config = slurm_facts.config(_texts([CONFIG], timeout_s, failed)[CONFIG])
+    config = slurm_facts.config(texts([CONFIG], timeout_s, failed)[CONFIG])
     mine = [f"cluster={config['ClusterName']}"] if "ClusterName" in config else []
     columns = ",".join(slurm_facts.ASSOCIATION_COLUMNS)
     associations = ("sacctmgr", "-n", "-P", "show", "assoc", "where", f"user={user}", *mine, f"format={columns}")
     users = ("sacctmgr", "-n", "-P", "show", "user", "where", f"name={user}", *mine, "format=User,DefaultAccount")
     cluster = Cluster(config)
     questions = [PARTITIONS, NODES, RESERVATIONS, *([associations, users, QOS] if cluster.has_accounting or not config else [])]
-    said = _texts(questions, timeout_s, failed)
+    said = texts(questions, timeout_s, failed)
     if not config and not said[PARTITIONS]:
         raise ActionError(f"Slurm does not answer: {failed[' '.join(CONFIG)]}", code="slurm-silent", hint="try again later")
     accounts = slurm_facts.table(said.get(users, ""), ("User", "DefaultAccount"))
@@ -77,7 +77,7 @@ def ask_cluster(user: str, *, timeout_s: float = TIMEOUT_S) -> Cluster:
     )
 
 
-def _texts(questions: Sequence[tuple[str, ...]], timeout_s: float, failed: dict[str, str]) -> dict[tuple[str, ...], str]:
+def texts(questions: Sequence[tuple[str, ...]], timeout_s: float, failed: dict[str, str]) -> dict[tuple[str, ...], str]:
     """What each question was answered with; empty where it failed."""
     environ = {**clean_environment(os.environ), "LC_ALL": "C", "SLURM_TIME_FORMAT": "standard"}
     with ThreadPoolExecutor(max_workers=3) as pool:

@@ -156,7 +156,7 @@ def apptainer_checks(site: Site, found: Apptainer) -> Iterator[Check]:
 
 def folder_checks(site: Site, folders: Folders, home: Path, mounts: Sequence[tuple[str, str]]) -> Iterator[Check]:
     """Room, rights and place of the site's folders."""
-    for name in ("runs", "images", "data", "cache"):
+    for name in ("runs", "images", "data"):
         folder: Path = getattr(folders, name)
         place = folder
         while not place.exists() and place != place.parent:

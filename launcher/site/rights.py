@@ -37,12 +37,14 @@ class Rights:
     submit_limit: int | None = None
     known_qualities: Mapping[str, Qos] = field(default_factory=dict)
     preempted: frozenset[str] = frozenset()
+    max_wall_min: int | None = None
+    """Of the only account that there is to take."""
 
     def max_wall(self, partition: PartitionFacts) -> int | None:
-        """Minutes that the partition's own QoS and the one that a job there has leave of its limit."""
+        """Minutes that the partition's own QoS, else the one that a job there has, else its account leaves of the partition's limit."""
         names = [name for name in (partition.qos, self.qos_for(partition).ask or self.default_qos) if name]
         limits = [self.known_qualities[name].max_wall_min for name in names if name in self.known_qualities]
-        return min((limit for limit in limits if limit is not None), default=None)
+        return next((limit for limit in limits if limit is not None), self.max_wall_min)
 
     def qos_for(self, partition: PartitionFacts) -> QosChoice:
         """What has to be written for a job there. A QoS that others preempt is taken only where there is no other."""
@@ -88,8 +90,14 @@ def rights_of(cluster: Cluster, groups: frozenset[str]) -> Rights:
         submit_limit=min((limit for limit in limits if limit), default=None),
         known_qualities=known,
         preempted=frozenset(name for one in cluster.qualities for name in one.preempts),
+        max_wall_min=_account_wall(cluster, account),
     )
     return rights
+
+
+def _account_wall(cluster: Cluster, account: str | None) -> int | None:
+    limits = [one.max_wall_min for one in cluster.associations if one.account == account and one.partition is None]
+    return limits[0] if limits and {"limits", "qos", "safe"} & cluster.enforced else None
 
 
 def _account(cluster: Cluster, usable: list[PartitionFacts], admitted: frozenset[str], enforced: bool) -> tuple[str | None, bool, str]:

@@ -78,9 +78,13 @@ class Job:
             time.sleep(delay_s)
         raise AssertionError("the last attempt returns")
 
-    def follow_up(self, script: Path) -> str:
-        """Submit ``script`` as a job that waits for the end of this one; returns its id. Errors: ActionError, MissingError."""
-        return sbatch(self.tools["sbatch"], script, environ=os.environ, options=[f"--dependency=afterany:{self.job_id}"])
+    def follow_up(self, script: Path, time_min: int | None = None) -> str:
+        """Submit ``script`` as a job that waits for the end of this one; returns its id. ``time_min``: in the place of its own limit.
+
+        Errors: ActionError, MissingError.
+        """
+        longer = [] if time_min is None else [f"--time={time_min}"]
+        return sbatch(self.tools["sbatch"], script, environ=os.environ, options=[f"--dependency=afterany:{self.job_id}", *longer])
 
     def _ask(self, *question: str) -> Answer:
         """``scontrol`` with a question that must be answered before anything can start; patient with a slow controller."""

@@ -53,7 +53,7 @@ def _sacct(job_ids: Sequence[str], tools: Mapping[str, str]) -> dict[str, Known]
     """None when there is no accounting."""
     if "sacct" not in tools:
         return None
-    options = ["--noheader", "--allocations", "--parsable2", "--format=JobID,State,ExitCode", f"--jobs={','.join(job_ids)}"]
+    options = ["--noheader", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={','.join(job_ids)}"]
     answer = call([tools["sacct"], *options], timeout_s=TIMEOUT_S)
     return _parse(answer.stdout) if answer.code == 0 else None
 
@@ -63,7 +63,6 @@ def _parse(text: str) -> dict[str, Known]:
     for line in text.splitlines():
         job_id, _, rest = line.strip().partition("|")
         word, _, reason = rest.partition("|")
-        state = (word.split() or [""])[0].rstrip("+")  # CANCELLED by 1000, CANCELLED+
-        said = reason if state == "PENDING" and reason != "None" else word
-        known[job_id] = Known(STATES.get(state, "unknown"), said)
+        state = STATES.get((word.split() or [""])[0].rstrip("+"), "unknown")  # CANCELLED by 1000, CANCELLED+
+        known[job_id] = Known(state, reason if state == "pending" and reason not in ("", "None") else word)
     return known

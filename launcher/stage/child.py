@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import errors
+from launcher.caches import NARROWER, cache_environment
 from launcher.errors import ActionError, Finding, FtlaunchError, MissingError
 from launcher.files import write_json
 from launcher.plan import Container
@@ -61,14 +62,14 @@ class Where:
         own = {
             "PYTHONNOUSERSITE": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
-            "HF_HOME": str(scratch / "huggingface"),
+            **cache_environment(scratch),
             "HF_DATASETS_TRUST_REMOTE_CODE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
             "TOKENIZERS_PARALLELISM": "true",
         }
-        environ = {name: value for name, value in self.environ.items() if not name.startswith("PYTHON")}
+        environ = {name: value for name, value in self.environ.items() if not name.startswith("PYTHON") and name not in NARROWER}
         if module != "stage.fetch":
             own.update(OFFLINE)
             environ = {name: value for name, value in environ.items() if name not in TOKENS}

@@ -15,6 +15,7 @@ from launcher.errors import EXIT_DO_NOT_RETRY, EXIT_STOPPED, FtlaunchError, Usag
 from launcher.plan import Plan
 from launcher.run import ExitRecord, Run, now, write_exit_record
 from launcher.train.place import Place, find_place, nvidia_driver, prepare_environment
+from launcher.train.rendezvous import Meeting, meet
 from launcher.train.stop import Stop
 from launcher.train.supported import require_supported
 
@@ -65,11 +66,31 @@ def _train(run: Run, life: int, place: Place, stop: Stop, progress: Progress) ->
     driver = nvidia_driver()
     if driver is not None and place.rank == 0 and plan.layout.gpus_per_node:
         run.append_event("driver", life=life, driver=driver)  # where the site does not say it, later plans know it from here
+    if plan.layout.nodes > 1:
+        _meet(run, life, plan, place)
 
     from launcher.train.loop import train
     from launcher.train.ranks import connect
 
     return train(run, life, plan, staged, connect(plan, place), stop, progress)
+
+
+def _meet(run: Run, life: int, plan: Plan, place: Place) -> None:
+    """Prove that the nodes reach each other. Errors: UsageError; ConnectionError where an earlier life trained: other nodes may do."""
+    number, local = divmod(place.rank, plan.layout.ranks_per_node)
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if local or address is None or port is None:  # said by connect
+        return
+    started = [event for event in run.events("started") if event["life"] == life]
+    names = started[-1]["nodes"] if started else [address, *map(str, range(1, plan.layout.nodes))]
+    network = plan.site["network"]
+    site, within_s = str(plan.site["name"]), float(network["rendezvous_s"])
+    try:
+        meet(Meeting(address, int(port), names, site, network["ifname"], network["host_suffix"], within_s), number)
+    except UsageError as error:
+        if run.metrics_file.exists():
+            raise ConnectionError(str(error)) from error
+        raise
 
 
 def _leave(code: int) -> NoReturn:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.errors import UsageError
 from launcher.plan import Plan
+from launcher.train.network import gloo_interface
 
 _FOREIGN = ("ACCELERATE_", "FSDP_", "DS_", "DEEPSPEED_", "PMI_", "PMIX_", "OMPI_COMM_", "MV2_COMM_")
 """Variables that accelerate and DeepSpeed obey more than its arguments; the plan decides, so they go."""
@@ -36,7 +37,10 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
 
 def prepare_environment(environ: MutableMapping[str, str], plan: Plan, place: Place) -> None:
-    """Make ``environ`` say what the plan says, before torch and accelerate read it."""
+    """Make ``environ`` say what the plan says, before torch and accelerate read it.
+
+    Errors: UsageError when this node has no interface of the name that the site gives.
+    """
     for name in [name for name in environ if name.startswith(_FOREIGN)]:
         del environ[name]
     environ["OMP_NUM_THREADS"] = environ["MKL_NUM_THREADS"] = str(plan.layout.threads_per_rank)
@@ -51,6 +55,9 @@ def prepare_environment(environ: MutableMapping[str, str], plan: Plan, place: Pl
     values = {"RANK": place.rank, "WORLD_SIZE": place.world_size, "LOCAL_RANK": place.local_rank}
     if place.world_size > 1 or deepspeed:
         environ.update({name: str(value) for name, value in values.items()})
+        interface = gloo_interface(plan.site["network"], plan.site["name"], plan.layout.nodes, environ)
+        if interface is not None:
+            environ["GLOO_SOCKET_IFNAME"] = interface
     else:  # with LOCAL_RANK set, accelerate would start a process group of one
         for name in values:
             environ.pop(name, None)

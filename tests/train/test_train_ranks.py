@@ -67,6 +67,18 @@ def test_a_signal_to_one_rank_stops_all_and_the_resumed_run_is_the_uninterrupted
     assert state_of(cut, 13) == state_of(whole, 13)
 
 
+def test_two_nodes_meet_before_torch_and_train_as_one(tmp_path):
+    """Two processes that take themselves for nodes."""
+    model, data = make_model(tmp_path / "model"), make_data(tmp_path / "data", 20)
+    one, two = (make_run(tmp_path / name, model, data, ranks=2) for name in ("one", "two"))
+    rewrite_plan(two, 0, layout={"nodes": 2, "ranks_per_node": 1})
+    (two.root / "plan.json").write_text((two.life(0) / "plan.json").read_text())
+    two.append_event("started", life=0, nodes=["node1", "node2"])
+    assert train_processes(one) == [0, 0]
+    assert train_processes(two) == [0, 0]
+    assert history(two) == history(one)
+
+
 def test_another_number_of_ranks_goes_on_with_the_same_samples(tmp_path):
     model, data = make_model(tmp_path / "model"), make_data(tmp_path / "data", 60)
     one, moved = (make_run(tmp_path / name, model, data, ranks=ranks) for name, ranks in (("one", 1), ("moved", 2)))

@@ -126,7 +126,7 @@ def make_run(root: Path, model: Path, data: Path, /, *, ranks: int = 1, **sectio
         identity="0" * 64,
         preset=preset,
         hardware={"name": "cpu", "gpu": None},
-        site={"name": "local"},
+        site={"name": "local", "network": {"ifname": None, "host_suffix": None, "env": {}, "binds": [], "rendezvous_s": 30}},
         stack={"name": "cpu", "minimum_driver": None},
         layout=Layout(nodes=1, gpus_per_node=0, ranks_per_node=ranks, cpus_per_node=ranks, memory_per_node_gib=4, threads_per_rank=1),
         batch=Batch(training["effective_batch"], shares, -(-shares[0] // micro_steps), micro_steps),
