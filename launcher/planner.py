@@ -82,7 +82,7 @@ def make_plan(
     time, lead_s = None, _signal_lead_s(site, limit_min, disk, 0.0)
     if model_facts is not None and missing_fact(preset, hardware) is None:
         lengths = lengths_of(staged)
-        step_s = predict_step(preset, model_facts, hardware, layout, batch, attention, lengths)
+        step_s = predict_step(preset, model_facts, hardware, layout, batch, attention, lengths, stack=stack)
         lead_s = _signal_lead_s(site, limit_min, disk, step_s)
         samples, eval_samples = num_samples(preset, staged)
         time = predict_time(
@@ -90,6 +90,7 @@ def make_plan(
             num_samples=samples,
             eval_samples=eval_samples or 0,
             lengths=lengths,
+            stack=stack,
             checkpoint_gib=0.0 if disk is None else disk.checkpoint_gib,
             time_limit_min=limit_min,
             signal_lead_s=lead_s,

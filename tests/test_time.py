@@ -14,7 +14,7 @@ from benchmarks.fit_efficiency import CONSTANTS, fit, in_use
 from benchmarks.published import Row, rows
 from launcher.hardware import cadence
 from launcher.hardware.flops import flops_per_token
-from launcher.hardware.lengths import Lengths, lengths_of, shape_of
+from launcher.hardware.lengths import Lengths, Shape, lengths_of, shape_of
 from launcher.hardware.step import StepParts, missing_fact, predict_evaluation, step_parts
 from launcher.hardware.time import predict_step, predict_time
 from launcher.plan import Batch, Layout, Staged, Time, rank_slices
@@ -147,30 +147,38 @@ def test_flatten_is_not_slower_than_padding(attention: str) -> None:
 
 
 def test_flatten_with_a_dense_mask_pays_for_the_whole_row() -> None:
-    """sdpa and eager compute what the mask of a flattened row hides: the square of its length."""
+    """eager computes what the mask of a flattened row hides: the square of its length."""
     flat = {"data": {"name": "a/c", "packing": "flatten"}, "lengths": LENGTHS}
-    assert parts(micro=6, attention="sdpa", **flat).attention > 4 * parts(micro=1, attention="sdpa", **flat).attention
-    assert parts(micro=6, attention="flash2", **flat).attention == pytest.approx(parts(micro=1, attention="flash2", **flat).attention)
+    assert parts(micro=6, attention="eager", **flat).attention > 4 * parts(micro=1, attention="eager", **flat).attention
+    for kind in ("flash2", "sdpa"):
+        assert parts(micro=6, attention=kind, **flat).attention == pytest.approx(parts(micro=1, attention=kind, **flat).attention)
 
 
 def test_lengths() -> None:
     lengths = Lengths(1, (0, 1, 3), 0.25)  # one sample of 2 tokens, three of 3
     assert (lengths.mean, lengths.mean_square) == (2.75, 7.75)
-    padded = shape_of("none", "sdpa", 4, 2, lengths)
+
+    def shape(packing: str, attention: str, lengths: Lengths | None, **training: Any) -> Shape:
+        wish = preset(data={"name": "a/c", "packing": packing}, training={"sequence_length": 4, **training})
+        return shape_of(wish, attention, 2, lengths)
+
+    padded = shape("none", "sdpa", lengths)
     assert (padded.tokens, padded.useful_share, padded.span, padded.dense_mask) == (4, 0.6875, 4, True)
-    own = shape_of("flatten", "flash2", 4, 2, lengths)
+    own = shape("flatten", "flash2", lengths)
     assert (own.tokens, own.useful_share, own.dense_mask) == (2.75, 1.0, False)
     assert own.span == pytest.approx(7.75 / 2.75)
-    row = shape_of("flatten", "sdpa", 4, 2, lengths)
+    assert shape("flatten", "sdpa", lengths) == own
+    row = shape("flatten", "eager", lengths)
+    assert shape("flatten", "sdpa", lengths, compile="layers") == row
     every = [(a, b) for a in (2, 3, 3, 3) for b in (2, 3, 3, 3)]  # E[T²]/E[T] over rows of two samples
     assert row.span == pytest.approx(sum((a + b) ** 2 for a, b in every) / sum(a + b for a, b in every))
     packed = Lengths(1, (0, 1, 3), per_sample=1.25)  # 5 documents in 4 rows
-    for attention, span, dense in (("sdpa", 4, True), ("flash2", 7.75 / 2.75, False)):
-        rows = shape_of("documents", attention, 4, 2, packed)
+    for attention, span, dense in (("eager", 4, True), ("sdpa", 7.75 / 2.75, False), ("flash2", 7.75 / 2.75, False)):
+        rows = shape("documents", attention, packed)
         assert (rows.tokens, rows.useful_share, rows.span, rows.dense_mask) == (4, 2.75 * 1.25 / 4, span, dense)
-    assert shape_of("documents", "sdpa", 4, 2, None).useful_share == 1
-    assert shape_of("none", "sdpa", 4, 2, None).useful_share is None
-    assert shape_of("concatenate", "sdpa", 4, 2, None).useful_share == 1
+    assert shape("documents", "sdpa", None).useful_share == 1
+    assert shape("none", "sdpa", None).useful_share is None
+    assert shape("concatenate", "sdpa", None).useful_share == 1
 
 
 def test_lengths_of_staged_data() -> None:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from launcher.errors import Finding
 from launcher.hardware import compatibility as known
+from launcher.hardware.lengths import by_blocks
 from launcher.preset.hardware import Gpu, Hardware
 from launcher.preset.model import ModelFacts
 from launcher.preset.schema import Preset
@@ -30,6 +31,7 @@ def choose_attention(preset: Preset, hardware: Hardware, stack: Stack | None, fa
     no GPU, or compiled layers                         sdpa
     in the stack, 16 bits, compute capability 9        flash3
     in the stack, 16 bits, compute capability 8 on     flash2
+    documents share rows, transformers 5               sdpa, each document by itself
     in the stack, documents share rows or a window     xformers, else flex
     else                                               sdpa
     stack without sdpa                                 eager
@@ -51,6 +53,8 @@ def choose_attention(preset: Preset, hardware: Hardware, stack: Stack | None, fa
     for kind in ("flash3", "flash2"):
         if possible(kind):
             return Choice(kind, f"the fastest kernel in the stack that {gpu} runs in {preset.training.dtype}")
+    if by_blocks(preset, "sdpa", stack):
+        return Choice("sdpa", f"torch's own kernels for {gpu} in {preset.training.dtype}, each document of a row by itself")
     reason = ""
     if preset.data.packing in WITH_BORDERS:
         reason = "documents share rows"

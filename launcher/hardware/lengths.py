@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launcher.hardware.compatibility import version
 from launcher.plan import Staged
+from launcher.preset.schema import Preset
+from launcher.preset.stack import Stack
 
 VARLEN_ATTENTION = ("flash2", "flash3", "xformers", "flex")
-"""Kernels that take the borders of documents as lengths. eager and sdpa get a dense mask over the whole row and compute all of it."""
+"""Kernels that take the borders of documents as lengths. eager gets a dense mask over the whole row and computes all of it."""
+
+
+def by_blocks(preset: Preset, attention: str, stack: Stack | None) -> bool:
+    """Whether sdpa goes over the documents of a row one by one, instead of reading a mask; ``stack``: None stands for a current one."""
+    old = stack is not None and version(stack.packages.get("transformers", "5"))[0] < 5
+    return attention == "sdpa" and preset.data.packing in ("flatten", "documents") and preset.training.compile == "none" and not old
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,10 @@ def lengths_of(staged: Staged | None) -> Lengths | None:
     return Lengths(staged.length_bin_tokens, tuple(staged.length_counts), staged.cut_share, per_sample)
 
 
-def shape_of(packing: str, attention: str, sequence_length: int, micro_batch: int, lengths: Lengths | None) -> Shape:
-    """The computed shape of a sample. Without lengths every sample counts as full."""
-    full, varlen = float(sequence_length), attention in VARLEN_ATTENTION
+def shape_of(preset: Preset, attention: str, micro_batch: int, lengths: Lengths | None, stack: Stack | None = None) -> Shape:
+    """The computed shape of a sample. Without lengths every sample counts as full. ``stack``: None stands for a current one."""
+    packing, full = preset.data.packing, float(preset.training.sequence_length)
+    varlen = attention in VARLEN_ATTENTION or by_blocks(preset, attention, stack)
     if packing == "concatenate":
         return Shape(full, 1.0, full, False)
     if packing == "documents":

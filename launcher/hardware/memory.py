@@ -25,6 +25,7 @@ from launcher.hardware.activations import (
 )
 from launcher.hardware.holdings import SHARDED, hold, targets
 from launcher.hardware.host import predict_host
+from launcher.hardware.lengths import by_blocks
 from launcher.hardware.split import Part, split, whole
 from launcher.plan import Batch, Layout, Memory
 from launcher.preset.hardware import Hardware
@@ -134,22 +135,23 @@ def fullest_moment(
     capability = hardware.gpu.compute_capability if layout.gpus_per_node and hardware.gpu is not None else None
     old = stack is not None and known.version(stack.packages.get("transformers", "5"))[0] < GQA_STACK
     evaluated = preset.evaluation.micro_batch if preset.evaluation.every != "never" else 0
+    blocks = by_blocks(preset, attention, stack)
     moments = [
         moment
-        for masked in _masks(preset)
+        for masked in _masks(preset, blocks=blocks)
         for part in _parts(preset, facts, hardware, layout)
         for moment in _moments(
             preset, facts, part, layout.world_size, batch.micro_steps,
-            _compute(preset, facts, batch.micro_batch, attention, capability, masked=masked, repeats=old),
-            _compute(preset, facts, evaluated, attention, capability, masked=masked, repeats=old),
+            _compute(preset, facts, batch.micro_batch, attention, capability, masked=masked, repeats=old, blocks=blocks),
+            _compute(preset, facts, evaluated, attention, capability, masked=masked, repeats=old, blocks=blocks),
         )
     ]  # fmt: skip
     return max(moments, key=lambda moment: moment.total)
 
 
-def _masks(preset: Preset) -> tuple[bool, ...]:
+def _masks(preset: Preset, *, blocks: bool) -> tuple[bool, ...]:
     """Whether attention gets an explicit mask. With pads it does, but a batch that happens to have none goes without."""
-    return {"none": (True, False), "concatenate": (False,)}.get(preset.data.packing, (True,))
+    return {"none": (True, False), "concatenate": (False,)}.get(preset.data.packing, (not blocks,))
 
 
 def _parts(preset: Preset, facts: ModelFacts, hardware: Hardware, layout: Layout) -> list[Part]:
@@ -165,12 +167,12 @@ def _parts(preset: Preset, facts: ModelFacts, hardware: Hardware, layout: Layout
 
 
 def _compute(
-    preset: Preset, facts: ModelFacts, rows: int, attention: str, capability: str | None, *, masked: bool, repeats: bool
+    preset: Preset, facts: ModelFacts, rows: int, attention: str, capability: str | None, *, masked: bool, repeats: bool, blocks: bool
 ) -> Compute:
     training = preset.training
     half = training.dtype != "fp32"
     adapter = preset.adapter if isinstance(preset.adapter, Lora) else None
-    kernel = _kernel(attention, facts, half=half, masked=masked, capability=capability, repeats=repeats)
+    kernel = _kernel(attention, facts, half=half, masked=masked, capability=capability, repeats=repeats, blocks=blocks)
     joined = preset.data.packing == "flatten"
     return Compute(
         rows=1 if joined else rows,
@@ -179,7 +181,7 @@ def _compute(
         autocast=training.dtype in ("bf16", "fp16") and preset.parallelism not in SHARDED,
         kernel=kernel,
         masked=masked and attention in ("sdpa", "eager"),
-        repeats_kv=_repeats_kv(attention, facts, asked=masked or repeats),
+        repeats_kv=_repeats_kv(attention, facts, asked=masked or repeats or (blocks and kernel != "flash")),
         checkpointing=training.activation_checkpointing != "none",
         selective=training.activation_checkpointing == "selective",
         dropout=facts.dropout,
@@ -192,15 +194,16 @@ def _compute(
 
 
 def _repeats_kv(attention: str, facts: ModelFacts, *, asked: bool) -> bool:
-    """Whether keys and values are copied out to all heads. ``asked``: sdpa got a mask, or transformers is old."""
+    """Whether keys and values are copied out to all heads. ``asked``: sdpa got a mask or no kernel for groups, or transformers is old."""
     if attention == "flex":  # transformers does, where the number of heads is no power of 2
         return facts.kv_heads < facts.heads and facts.heads & (facts.heads - 1) != 0
     return 1 < facts.kv_heads < facts.heads and (attention == "xformers" or (attention == "sdpa" and asked))
 
 
-def _kernel(attention: str, facts: ModelFacts, *, half: bool, masked: bool, capability: str | None, repeats: bool) -> Kernel:
+def _kernel(attention: str, facts: ModelFacts, *, half: bool, masked: bool, capability: str | None, repeats: bool, blocks: bool) -> Kernel:
     """What torch takes for sdpa on a GPU: flash for 16 bits without a mask (Ampere or newer), else its memory-efficient kernel, which
-    reads masks but knows no grouped keys and values: where transformers leaves those to the kernel, plain arithmetic remains.
+    reads masks but knows no grouped keys and values: where transformers leaves those to the kernel, plain arithmetic remains, where
+    attention goes over ``blocks``, they are copied.
     """
     if attention == "eager":
         return "eager"
@@ -211,7 +214,7 @@ def _kernel(attention: str, facts: ModelFacts, *, half: bool, masked: bool, capa
         return "efficient"
     if half and (capability is None or known.at_least(capability, "8.0")):
         return "flash"
-    return "math" if grouped else "efficient"
+    return "math" if grouped and not blocks else "efficient"
 
 
 def _moments(

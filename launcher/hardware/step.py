@@ -31,6 +31,7 @@ from launcher.plan import Batch, Layout
 from launcher.preset.hardware import Gpu, Hardware
 from launcher.preset.model import ModelFacts
 from launcher.preset.schema import Lora, Preset
+from launcher.preset.stack import Stack
 from launcher.supported import LORA_TARGETS
 
 
@@ -122,12 +123,16 @@ def step_parts(
     attention: str,
     lengths: Lengths | None = None,
     fitted: Fitted = FITTED,
+    *,
+    stack: Stack | None = None,
 ) -> StepParts:
     """``attention``: resolved. ``lengths``: of the staged samples; without them every sample counts as full.
 
+    ``stack``: None stands for a current one.
+
     Errors: ValueError where ``missing_fact`` says so.
     """
-    shape = shape_of(preset.data.packing, attention, preset.training.sequence_length, batch.micro_batch, lengths)
+    shape = shape_of(preset, attention, batch.micro_batch, lengths, stack)
     tokens = max(batch.samples_per_rank) * shape.tokens
     gpu = _Rank(preset, facts, hardware, layout, attention, shape, fitted)
     forward, backward = gpu.forward(), gpu.backward()
@@ -145,10 +150,18 @@ def step_parts(
 
 
 def predict_step(
-    preset: Preset, facts: ModelFacts, hardware: Hardware, layout: Layout, batch: Batch, attention: str, lengths: Lengths | None = None
+    preset: Preset,
+    facts: ModelFacts,
+    hardware: Hardware,
+    layout: Layout,
+    batch: Batch,
+    attention: str,
+    lengths: Lengths | None = None,
+    *,
+    stack: Stack | None = None,
 ) -> float:
     """Seconds of one optimizer step; as ``step_parts``."""
-    return step_parts(preset, facts, hardware, layout, batch, attention, lengths).total_s
+    return step_parts(preset, facts, hardware, layout, batch, attention, lengths, stack=stack).total_s
 
 
 def predict_evaluation(
@@ -159,11 +172,13 @@ def predict_evaluation(
     attention: str,
     eval_samples: int,
     lengths: Lengths | None = None,
+    *,
+    stack: Stack | None = None,
 ) -> float:
     """Seconds of one evaluation: forward passes only, samples shared out over the ranks."""
     share = -(-eval_samples // layout.world_size)
     micro_batch = min(preset.evaluation.micro_batch, max(share, 1))
-    shape = shape_of(preset.data.packing, attention, preset.training.sequence_length, micro_batch, lengths)
+    shape = shape_of(preset, attention, micro_batch, lengths, stack)
     gpu = _Rank(preset, facts, hardware, layout, attention, shape, FITTED)
     return share * shape.tokens * sum(gpu.forward()) + -(-share // micro_batch) * (gpu.launch() + gpu.weights()) / 3
 

@@ -13,6 +13,7 @@ from launcher.preset.hardware import Hardware
 from launcher.preset.model import ModelFacts
 from launcher.preset.schema import Preset
 from launcher.preset.site import Site
+from launcher.preset.stack import Stack
 
 __all__ = ["missing_fact", "predict_step", "predict_time", "step_parts"]
 
@@ -37,6 +38,7 @@ def predict_time(
     num_samples: int | None,
     eval_samples: int = 0,
     lengths: Lengths | None = None,
+    stack: Stack | None = None,
     checkpoint_gib: float = 0.0,
     time_limit_min: int | None = None,
     signal_lead_s: int = 0,
@@ -46,9 +48,9 @@ def predict_time(
 
     ``preempted_every_min``: mean time between preemptions. Errors: ValueError where ``missing_fact`` says so.
     """
-    parts = step_parts(preset, facts, hardware, layout, batch, attention, lengths)
+    parts = step_parts(preset, facts, hardware, layout, batch, attention, lengths, stack=stack)
     step_s = parts.total_s
-    shape = shape_of(preset.data.packing, attention, preset.training.sequence_length, batch.micro_batch, lengths)
+    shape = shape_of(preset, attention, batch.micro_batch, lengths, stack)
     gpus = layout.nodes * layout.gpus_per_node
     tokens_s = batch.effective_batch * shape.tokens / step_s
     peak = hardware.gpu.peak_tflops[peak_dtype(preset)] if hardware.gpu is not None and gpus else None
@@ -59,7 +61,7 @@ def predict_time(
     evaluation_s = saving_s = total_s = None
     saves = lives = None
     if steps is not None:
-        each = predict_evaluation(preset, facts, hardware, layout, attention, eval_samples, lengths) if eval_samples else 0.0
+        each = predict_evaluation(preset, facts, hardware, layout, attention, eval_samples, lengths, stack=stack) if eval_samples else 0.0
         evaluation_s = each * cadence.num_evaluations(preset.evaluation.every, steps, preset.training.epochs)
         saves = _num_checkpoints(preset, steps, steps * step_s + evaluation_s)
         saving_s = (saves - 1) * waits_s + stop_s  # nothing is left to train beside the last one

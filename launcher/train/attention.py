@@ -11,6 +11,8 @@ import torch
 import transformers
 
 from launcher.errors import GateError
+from launcher.plan import Plan
+from launcher.train.blocks import attend_each
 from launcher.train.xformers_attention import attend_blocks, take_blocks
 
 TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
@@ -25,11 +27,18 @@ _IN_TRANSFORMERS_5 = {
     "xformers": "launcher_xformers",
     "flex": "launcher_flex_attention",
 }
+_EACH_BLOCK = "launcher_sdpa"
 _IN_TRANSFORMERS_4 = {"eager": "eager", "sdpa": "sdpa", "flash2": "flash_attention_2", "xformers": "sdpa"}
 """xformers: loaded as sdpa, whose classes are replaced by ours afterwards (``fit_attention``)."""
 
 
-def attention_name(kind: str, config: Any) -> str:
+def by_blocks(plan: Plan) -> bool:
+    """Whether sdpa goes over the documents of a row one by one. Compiled layers cannot: each row's borders would be code of their own."""
+    packing, training = plan.preset["data"]["packing"], plan.preset["training"]
+    return plan.attention == "sdpa" and packing in ("flatten", "documents") and training["compile"] == "none" and not TRANSFORMERS_4
+
+
+def attention_name(kind: str, config: Any, *, by_blocks: bool = False) -> str:
     """``attn_implementation`` for ``from_pretrained``. Errors: GateError where model, library or version cannot do the kind.
 
     The planner has refused all of it already; this is for images that nobody looked into, and for libraries that would go on in silence
@@ -42,10 +51,11 @@ def attention_name(kind: str, config: Any) -> str:
         return _IN_TRANSFORMERS_4[kind]
     from transformers import AttentionInterface
 
-    # Both get their masks as arguments, made in ``borders``. No mask function is registered for them, so that transformers makes none.
+    # They get their masks as arguments, made in ``borders``. No mask function is registered for them, so that transformers makes none.
     AttentionInterface.register(_IN_TRANSFORMERS_5["xformers"], attend_blocks)
     AttentionInterface.register(_IN_TRANSFORMERS_5["flex"], attend_flex)
-    return _IN_TRANSFORMERS_5[kind]
+    AttentionInterface.register(_EACH_BLOCK, attend_each)
+    return _EACH_BLOCK if by_blocks else _IN_TRANSFORMERS_5[kind]
 
 
 def fit_attention(model: torch.nn.Module, kind: str) -> None:

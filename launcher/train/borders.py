@@ -18,14 +18,15 @@ import transformers
 
 from launcher.errors import GateError
 from launcher.train.attention import TRANSFORMERS_4
+from launcher.train.blocks import Blocks
 from launcher.train.model import input_device
-from launcher.train.xformers_attention import Blocks, give_blocks
+from launcher.train.xformers_attention import give_blocks
 
 Form = Literal["additive", "visible", "ones", "causal_buffer", "padding", "lengths", "blocks", "laid_blocks", "block_mask"]
 """additive: 4D float mask, 0 where a position may look, the lowest number elsewhere. visible: 4D bool mask. ones: 4D, 1 where it may look.
 causal_buffer: the model takes 2D masks only, so its own causal mask is replaced for the time of the forward pass. padding: nothing but
-the 2D mask of pads. lengths: the blocks' cumulated lengths (flash attention). blocks, laid_blocks: xformers' mask, as an argument or laid
-into the model. block_mask: flex attention's.
+the 2D mask of pads. lengths: the blocks' cumulated lengths (flash attention). blocks, laid_blocks: the lengths of blocks, as an argument or
+laid into the model (xformers; blocks: sdpa too). block_mask: flex attention's.
 """
 
 WITH_WINDOW = ("starcoder2", "mistral")
@@ -35,9 +36,11 @@ LONGEST_PROOF = 128
 """Tokens of a document in the proof; a row of two is as long as the shortest that flex attention treats as training."""
 
 
-def form_for(model_type: str, attention: str) -> Form:
+def form_for(model_type: str, attention: str, *, by_blocks: bool = False) -> Form:
     if attention in ("flash2", "flash3"):
         return "padding" if TRANSFORMERS_4 else "lengths"
+    if by_blocks:
+        return "blocks"
     if attention == "xformers":
         return "laid_blocks" if TRANSFORMERS_4 else "blocks"
     if attention == "flex":

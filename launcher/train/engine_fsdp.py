@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from launcher.errors import UsageError
 from launcher.plan import Plan
 from launcher.train.adafactor import ShardedAdafactor
+from launcher.train.attention import by_blocks
 from launcher.train.batches import MicroBatch
 from launcher.train.borders import form_for
 from launcher.train.cross_entropy import CrossEntropy
@@ -103,7 +104,7 @@ def build_fsdp(plan: Plan, folder: str, ranks: Ranks) -> FsdpEngine:
     else:
         optimizer = build_optimizer(model, training)
     require_sharded(plan, model, layers, mesh)
-    form = form_for(model.config.model_type, plan.attention)
+    form = form_for(model.config.model_type, plan.attention, by_blocks=by_blocks(plan))
     return FsdpEngine(model, model, optimizer, form, CrossEntropy(model, training["cross_entropy"]), ranks.rank, ranks.world_size)
 
 

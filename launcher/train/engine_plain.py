@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launcher.errors import UsageError
 from launcher.plan import Plan
+from launcher.train.attention import by_blocks
 from launcher.train.batches import MicroBatch, dummy
 from launcher.train.borders import form_for
 from launcher.train.cross_entropy import CrossEntropy
@@ -80,7 +81,7 @@ def build_plain(plan: Plan, folder: str, ranks: Ranks) -> PlainEngine:
         wrapped = accelerator.prepare_model(model, device_placement=not split)
     optimizer = accelerator.prepare_optimizer(build_optimizer(model, training))
     _require_as_planned(plan, accelerator, wrapped)
-    form = form_for(model.config.model_type, plan.attention)
+    form = form_for(model.config.model_type, plan.attention, by_blocks=by_blocks(plan))
     loss = CrossEntropy(model, training["cross_entropy"])
     return PlainEngine(model, wrapped, optimizer, form, loss, ranks.rank, ranks.world_size, accelerator)
 

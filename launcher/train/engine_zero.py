@@ -18,6 +18,7 @@ import torch
 
 from launcher.errors import UsageError
 from launcher.plan import Plan
+from launcher.train.attention import by_blocks
 from launcher.train.batches import MicroBatch
 from launcher.train.borders import form_for
 from launcher.train.cross_entropy import CrossEntropy
@@ -166,7 +167,7 @@ def build_zero(plan: Plan, folder: str, ranks: Ranks, config_file: Path) -> Zero
         model=model, optimizer=build_optimizer(model, training), config=config, dist_init_required=False
     )
     _require_as_planned(plan, wrapped, optimizer, stage)
-    form = form_for(model.config.model_type, plan.attention)
+    form = form_for(model.config.model_type, plan.attention, by_blocks=by_blocks(plan))
     loss = CrossEntropy(model, training["cross_entropy"])
     return ZeroEngine(model, wrapped, optimizer, form, loss, ranks.rank, ranks.world_size, stage)
 

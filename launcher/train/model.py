@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from launcher.errors import UsageError
 from launcher.plan import Plan
 from launcher.train.adapter import quantisation, with_adapter
-from launcher.train.attention import attention_name, fit_attention
+from launcher.train.attention import attention_name, by_blocks, fit_attention
 from launcher.train.layers import checkpoint_activations
 from launcher.train.ranks import Ranks
 from launcher.train.split import device_split, weight_budget
@@ -35,7 +35,7 @@ def load_model(plan: Plan, folder: str, ranks: Ranks) -> Any:
     precision = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     arguments: dict[str, Any] = {
         precision: torch.bfloat16 if training["dtype"] == "bf16_pure" else torch.float32,
-        "attn_implementation": attention_name(plan.attention, config),
+        "attn_implementation": attention_name(plan.attention, config, by_blocks=by_blocks(plan)),
         **quantisation(adapter, training["dtype"]),
     }
     if plan.preset["parallelism"] == "device_map":

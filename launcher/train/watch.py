@@ -80,20 +80,20 @@ def require_attention(model: Any, kind: str, form: Form, length: int, packing: s
 
 @contextmanager
 def watching(model: torch.nn.Module) -> Iterator[tuple[Counter[str], set[str]]]:
-    """Counts calls by kind, and names what they called. A layer that calls none of the operators that are known is eager."""
+    """Counts layers by kind, and names what they called. A layer that calls none of the operators that are known is eager."""
     calls: Counter[str] = Counter()
     operators: set[str] = set()
+    within: list[set[str]] = []
     layers = [module for module in model.modules() if "Attention" in type(module).__name__]
     with ExitStack() as stack:
         for kind, owner, name in _operators(layers):
-            stack.enter_context(_replaced(owner, name, _counted(getattr(owner, name), kind, calls, operators)))
+            stack.enter_context(_replaced(owner, name, _counted(getattr(owner, name), kind, within, operators)))
         for layer in layers:
-            handle = layer.register_forward_pre_hook(lambda *_: calls.update(["eager"]))
+            handle = layer.register_forward_pre_hook(lambda *_: within.append(set()))
             stack.callback(handle.remove)
         yield calls, operators
-    calls["eager"] -= sum(number for kind, number in calls.items() if kind != "eager")
-    if not calls["eager"]:
-        del calls["eager"]
+    for kinds in within:
+        calls.update(kinds or {"eager"})
 
 
 @contextmanager
@@ -131,12 +131,12 @@ def _operators(layers: list[torch.nn.Module]) -> Iterator[tuple[str, Any, str]]:
     yield "flex", flex, "compile_friendly_flex_attention"
 
 
-def _counted(operator: Any, kind: str, calls: Counter[str], operators: set[str]) -> Any:
+def _counted(operator: Any, kind: str, within: list[set[str]], operators: set[str]) -> Any:
     def counted(*args: Any, **kwargs: Any) -> Any:
         with nullcontext() if kind == "flex" else names:  # flex is compiled: a dispatch mode would make it run uncompiled
             result = operator(*args, **kwargs)
         # flash attention's version is the library that transformers has loaded, not what was asked for
-        calls[_flash_version() if kind == "flash" else kind] += 1
+        within[-1].add(_flash_version() if kind == "flash" else kind)
         found = {name for name in names.seen if "attention" in name or "flash" in name or "fmha" in name}
         if kind == "sdpa":
             found = {BACKENDS[name] for name in found if name in BACKENDS} or {"math"}

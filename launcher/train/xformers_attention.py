@@ -1,4 +1,4 @@
-"""xformers' memory-efficient attention: rows as blocks of given lengths, each causal and blind for the others. Pads are blocks too.
+"""xformers' memory-efficient attention over the blocks of rows.
 
 For transformers 5 a function of its attention interface, for transformers 4 classes in the place of the models' sdpa classes.
 B batch, H heads, S sequence, D head dimension, T = B × S.
@@ -8,26 +8,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from launcher.train.blocks import Blocks
 
-@dataclass(frozen=True)
-class Blocks:
-    """Stretches of T positions, one after the other, each a sequence of its own."""
 
-    lengths: Sequence[int]
-    window: int | None
-    """Positions that a query sees at most, itself among them; None: all before it."""
-    _biases: dict[torch.device, Any] = field(default_factory=dict, compare=False)
-
-    def bias(self, device: torch.device) -> Any:
-        """xformers' mask with its tensors on ``device``; made once for all layers there."""
-        if device not in self._biases:
-            self._biases[device] = causal_bias(self.lengths, self.window, device)
-        return self._biases[device]
+def bias_of(blocks: Blocks, device: torch.device) -> Any:
+    """xformers' mask with its tensors on ``device``; made once for all layers there."""
+    if device not in blocks.made:
+        blocks.made[device] = causal_bias(blocks.lengths, blocks.window, device)
+    return blocks.made[device]
 
 
 def causal_bias(lengths: Sequence[int], window: int | None, device: torch.device) -> Any:
@@ -76,7 +68,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks:
             tensor = tensor.repeat_interleave(heads // given, dim=1)
         return tensor.transpose(1, 2).reshape(1, rows * length, -1, dimension).expand(-1, -1, heads, -1)
 
-    output = operator(joined(query), joined(key), joined(value), blocks.bias(query.device), dropout, scale)
+    output = operator(joined(query), joined(key), joined(value), bias_of(blocks, query.device), dropout, scale)
     assert isinstance(output, torch.Tensor)
     return output.view(rows, length, heads, dimension)
 

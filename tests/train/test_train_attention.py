@@ -87,11 +87,20 @@ def alone(folder):
     return torch.cat(logits), gradients(model)
 
 
+BY_BLOCKS = "sdpa by blocks"
+KINDS = ["eager", "sdpa", "xformers", *([] if TRANSFORMERS_4 else [BY_BLOCKS])]
+
+
 def build(folder, kind: str):
     config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention_name(kind, config))
+    name = attention_name(kind.split()[0], config, by_blocks=kind == BY_BLOCKS)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name)
     fit_attention(model, kind)
     return model.eval()
+
+
+def form_of(model_type: str, kind: str):
+    return form_for(model_type, kind.split()[0], by_blocks=kind == BY_BLOCKS)
 
 
 def dense(query_THD, key_THD, value_THD, visible_TT, scale: float):
@@ -178,7 +187,7 @@ def check_kind(prepared, kind: str, layout: str, *, backward: bool = True) -> No
     batch, model = batch_of(layout), build(folder, kind)
     model_type = model.config.model_type
     with torch.set_grad_enabled(backward):
-        logits = forward(model, form_for(model_type, kind), batch)
+        logits = forward(model, form_of(model_type, kind), batch)
     torch.testing.assert_close(real_logits(logits, batch), expected_logits, rtol=0, atol=3e-6)
     if backward:
         loss_sum(logits, batch).backward()
@@ -186,22 +195,22 @@ def check_kind(prepared, kind: str, layout: str, *, backward: bool = True) -> No
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["eager", "sdpa", "xformers"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_logits_and_gradients_are_those_of_the_documents_alone(prepared, xformers_stand_in, model_type, kind, layout):
     check_kind(prepared(model_type), kind, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["eager", "sdpa", "xformers"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_beyond_the_sliding_window(prepared, xformers_stand_in, kind, layout):
     check_kind(prepared("starcoder2", WINDOW), kind, layout)
 
 
-@pytest.mark.parametrize("kind", ["eager", "sdpa", "xformers"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_window_of_5_sees_5_positions(tmp_path, xformers_stand_in, kind):
     make_model(tmp_path, "starcoder2", sliding_window=WINDOW, num_hidden_layers=1)
-    model, form = build(tmp_path, kind), form_for("starcoder2", kind)
+    model, form = build(tmp_path, kind), form_of("starcoder2", kind)
     document = torch.arange(1, 13)
     logits = {}
     for changed in (None, 11 - WINDOW + 1, 11 - WINDOW):
@@ -259,10 +268,11 @@ def test_a_block_ends_with_its_document_its_pads_and_its_row():
 # what was planned is what runs
 
 
-@pytest.mark.parametrize("kind", ["eager", "sdpa", "xformers"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_operators_that_run_are_counted(prepared, xformers_stand_in, model_type, kind):
-    model, form = build(prepared(model_type)[0], kind), form_for(model_type, kind)
+    model, form = build(prepared(model_type)[0], kind), form_of(model_type, kind)
+    kind = kind.split()[0]
     before = torch.nn.functional.scaled_dot_product_attention, xformers_attention.operator
     for packing in ("none", "flatten", "documents", "concatenate"):
         ran = require_attention(model, kind, form, SEQUENCE, packing)
