@@ -158,7 +158,7 @@ def _mfu(row: Row, seconds: float) -> float:
     assert gpu is not None
     tokens = row.batch.effective_batch * row.preset.training.sequence_length
     flops = flops_per_token(row.facts, row.preset.training.sequence_length) * tokens
-    return flops / seconds / (row.layout.gpus_per_node * gpu.peak_tflops[peak_dtype(row.preset)] * 1e12)
+    return flops / seconds / (row.layout.gpus_per_node * gpu.peak_tflops[peak_dtype(row.preset, gpu)] * 1e12)
 
 
 def _constants() -> Iterator[str]:

@@ -230,7 +230,13 @@ def _attention(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
 
 def _dtype(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
     names = ("bf16", "fp32") if plan.preset["parallelism"] in SHARDED else ("bf16", "fp16", "fp32")  # shards have no loss scaling
-    yield from ({"training.dtype": name} for name in names if name != plan.preset["training"]["dtype"])
+    wanted: list[Change] = [{"training.dtype": name} for name in names if name != plan.preset["training"]["dtype"]]
+    yield from wanted
+    roomy: Change = {"training.activation_checkpointing": "full", "training.micro_batch": "auto"}
+    yield from ({**change, **roomy} for change in wanted)
+    gpus, total = int(plan.hardware["gpus"]), plan.layout.nodes * plan.layout.gpus_per_node
+    if plan.preset["parallelism"] in SHARDED and gpus > plan.layout.gpus_per_node:  # all of a node's
+        yield from ({**change, **roomy, "gpus": gpus, "nodes": -(-total // gpus)} for change in wanted)
 
 
 def _stack(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:

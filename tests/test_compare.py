@@ -34,7 +34,7 @@ def test_the_table() -> None:
     assert re.split("  +", lines[1]) == ["site", "partition", "runs", "step", "total", "lives", "GPU-hours", "cost"]
     rows = {line.split()[0]: re.split("  +", line) for line in lines[2:6]}
     assert rows["delftblue"][1:3] == ["gpu-a100", "changed"] and rows["delftblue"][-1] == "–"
-    assert rows["iris"][1:3] == ["gpu", "no"]  # V100 have no bf16, shards no fp16: another dtype and more nodes at once are not tried
+    assert rows["iris"][1:3] == ["gpu", "variant"]
     assert rows["lonestar6"][1:3] == ["gpu-h100", "variant"]
     assert rows["local"][2] == "as it is"
     assert max(map(len, lines[1:6])) <= 80
@@ -93,7 +93,6 @@ def test_whole_nodes_are_paid() -> None:
         (name, site)
         for name in ("starcoder2-15b", "starcoder2-7b-fast", "codellama-7b-flash")
         for site in ("delftblue", "iris", "lonestar6", "mahti")
-        if (name, site) != ("starcoder2-15b", "iris")  # see test_the_table
     ],
 )
 def test_what_would_run_passes(name: str, site: str) -> None:

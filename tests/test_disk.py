@@ -41,11 +41,11 @@ def test_disk_of_a_run(wish: dict[str, Any], kept: int) -> None:
 
 
 def test_disk_of_adafactor_and_of_lora() -> None:
-    """2 layers of width 8, 16 inside, 2 heads, vocabulary 32: 40 rows and columns for the embedding and as many for the head."""
+    """2 layers of width 32, 16 inside, vocabulary 32: as many rows and columns for the embedding as for the head."""
     facts = FACTS.model_copy(update={"parameters": 2**30})
-    layer = 4 * (8 + 8) + 3 * (16 + 8)
+    layer = 4 * (32 + 32) + 3 * (16 + 32)
     plan, _ = plan_of(preset(training={"optimizer": "adafactor"}), model_facts=facts)
-    assert plan.disk is not None and plan.disk.checkpoint_gib == round(4 + 4 * (2 * layer + 2 * 40 + 5 * 8) / 2**30, 3)
+    assert plan.disk is not None and plan.disk.checkpoint_gib == round(4 + 4 * (2 * layer + 2 * 64 + 5 * 32) / 2**30, 3)
     from launcher.hardware.disk import num_trained
 
-    assert num_trained(preset(adapter={"kind": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}), facts) == 2 * 4 * 2 * (8 + 8)
+    assert num_trained(preset(adapter={"kind": "lora", "rank": 4, "targets": ["q_proj", "v_proj"]}), facts) == 2 * 4 * 2 * (32 + 32)

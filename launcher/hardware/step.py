@@ -103,14 +103,15 @@ def missing_fact(preset: Preset, hardware: Hardware) -> str | None:
         return "gpu"
     if hardware.gpu.bandwidth_gb_s is None:
         return "gpu.bandwidth_gb_s"
-    return None if peak_dtype(preset) in hardware.gpu.peak_tflops else f"gpu.peak_tflops.{peak_dtype(preset)}"
+    dtype = peak_dtype(preset, hardware.gpu)
+    return None if dtype in hardware.gpu.peak_tflops else f"gpu.peak_tflops.{dtype}"
 
 
-def peak_dtype(preset: Preset) -> str:
-    """The row of ``peak_tflops`` that matrix products run on."""
+def peak_dtype(preset: Preset, gpu: Gpu) -> str:
+    """The row of ``peak_tflops`` that matrix products run on. A GPU without TF32 leaves what asks for it in fp32."""
     dtype = preset.training.dtype
     if dtype == "fp32":
-        return "tf32" if preset.training.tf32 else "fp32"
+        return "tf32" if preset.training.tf32 and "tf32" in gpu.peak_tflops else "fp32"
     return "fp16" if dtype == "fp16" else "bf16"
 
 
@@ -213,7 +214,7 @@ class _Rank:
             assert self.hardware.cpu_gflops_per_core is not None
             cores = min(self.layout.threads_per_rank, self.hardware.cpus / self.layout.ranks_per_node)
             return self.hardware.cpu_gflops_per_core * cores * 1e9
-        name, own = peak_dtype(self.preset), self.gpu.efficiency
+        name, own = peak_dtype(self.preset, self.gpu), self.gpu.efficiency
         efficiency = (own.fp32 or self.fitted.fp32) if name == "fp32" else (own.tensor or self.fitted.tensor)
         return self.gpu.peak_tflops[name] * 1e12 * efficiency
 

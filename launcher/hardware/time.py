@@ -53,7 +53,7 @@ def predict_time(
     shape = shape_of(preset, attention, batch.micro_batch, lengths, stack)
     gpus = layout.nodes * layout.gpus_per_node
     tokens_s = batch.effective_batch * shape.tokens / step_s
-    peak = hardware.gpu.peak_tflops[peak_dtype(preset)] if hardware.gpu is not None and gpus else None
+    peak = hardware.gpu.peak_tflops[peak_dtype(preset, hardware.gpu)] if hardware.gpu is not None and gpus else None
     stop_s = cadence.save_s(checkpoint_gib, site.checkpoint_write_gb_s)
     waits_s = _copy_s(preset, hardware, checkpoint_gib) if preset.checkpoint.asynchronous else stop_s
     startup_s = _startup_s(facts, site, gpus, checkpoint_gib)
