@@ -62,7 +62,7 @@ test-image-cuda: $(INSTALLED)  ## build torch2.3-cu121 for real (3.2 GB, about 1
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: $(PYTHON) is older than 3.11; try: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -c constraints.txt -e '.[train,report,dev]'
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[train,report,tracking,dev]'
 	touch $@
 
 clean:
