@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from launcher import metrics
+from launcher.cli import smoke as smoke_module
 from launcher.cli.line import Wish, read
-from launcher.cli.smoke import STEPS, Seen, failed, smoke_line, smoke_settings, verdict
+from launcher.cli.smoke import STEPS, Seen, epochs_for, failed, smoke, smoke_line, smoke_settings, verdict
 from launcher.run import Run
 from tests.plans import plan_of, preset
 from tests.toy import toy_plan, toy_run
@@ -79,6 +80,22 @@ def run(tmp_path: Path) -> Run:
 
 
 SEEN = Seen(submitted=100.0, started=[130.0, 220.0], stepped=[150.0, 240.0], stop=170.0, ended=180.0)
+
+
+def test_a_run_that_was_too_quick_is_made_once_more(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick, asked = toy_run(tmp_path / "quick", toy_plan()), []
+    quick.append_event("finished", life=0)
+    metrics.append(quick.metrics_file, "train", step=1, life=0, step_s=0.05)
+
+    def interrupted(line: Any) -> tuple[Run, Seen]:
+        asked.append(line.preset.value.training.epochs)
+        return (quick if len(asked) == 1 else run), SEEN
+
+    monkeypatch.setattr(smoke_module, "_interrupted", interrupted)
+    (tmp_path / "site.yaml").write_text(SITE)
+    found, findings = smoke(smoke_line(read(Wish("presets/tiny", site=str(tmp_path / "site.yaml"), allowed=("time",)))))
+    assert found is run and not failed(findings)
+    assert len(asked) == 2 and asked[1] == epochs_for(0.025) == 50
 
 
 def test_verdict_of_a_good_run(run: Run) -> None:

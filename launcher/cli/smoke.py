@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,6 +20,9 @@ from launcher.slurm.tools import call
 from launcher.submit import cancel, last_job_id
 
 STEPS = 12
+"""Of an epoch."""
+LASTS_S = 15.0
+"""So long its steps are to take, by as many epochs as that needs: a stop has to come between them, seen through a shared file system."""
 STOP_AFTER = 3
 """Steps of the first life before it is asked to stop."""
 SHORT_DOCUMENT_TOKENS = 256
@@ -71,17 +75,20 @@ def smoke_line(line: Line) -> Line:
 
 
 def smoke_settings(plan: Plan) -> list[str]:
-    """One micro step of every rank is an optimizer step, ``STEPS`` of them an epoch; more where documents of unknown length are packed."""
+    """One micro step of every rank is an optimizer step, ``STEPS`` of them an epoch (more where documents of unknown length are packed),
+    as many epochs as the prediction wants.
+    """
     data, effective = plan.preset["data"], plan.world_size * plan.batch.micro_batch
     rows = 1 if data["packing"] in ("none", "flatten") else max(1, plan.preset["training"]["sequence_length"] // SHORT_DOCUMENT_TOKENS)
     samples = round(effective * STEPS * rows / (1 - data["eval_share"])) + 1
     if data["num_samples"] is not None:
         samples = min(samples, data["num_samples"])
+    step_s = None if plan.time is None else plan.time.step_s * effective / plan.batch.effective_batch
     return [
         f"name={plan.name[:57]}-smoke",
         f"training.effective_batch={effective}",
         f"data.num_samples={samples}",
-        "training.epochs=1",
+        f"training.epochs={1 if step_s is None else epochs_for(step_s)}",
         "evaluation.every=never",
         "checkpoint.every=never",
         "checkpoint.minutes=null",
@@ -89,19 +96,38 @@ def smoke_settings(plan: Plan) -> list[str]:
     ]
 
 
+def epochs_for(step_s: float) -> int:
+    """Epochs of ``STEPS`` steps that last ``LASTS_S``."""
+    return max(1, math.ceil(LASTS_S / (step_s * STEPS)))
+
+
 def smoke(line: Line) -> tuple[Run, list[Finding]]:
     """Run it to the end; the verdict, line by line. Errors: those of a submission; RunFailed when the run ends where it should not.
 
-    A Ctrl-C cancels the run.
+    Steps so quick that the run was over before the stop arrived: once more, with as many as their measured time wants. A Ctrl-C cancels
+    the run.
     """
+    run, seen = _interrupted(line)
+    if not _stopped(run):
+        step_s = _median([float(row["step_s"]) for row in metrics.read(run.metrics_file, "train")])
+        assert step_s is not None, "it has finished"
+        epochs = epochs_for(step_s / 2)
+        say(f"{run.id} was over before the stop arrived, at {_s(step_s)} a step: once more, {epochs} times as many samples")
+        run, seen = _interrupted(read(replace(line.wish, settings=(*line.wish.settings, f"training.epochs={epochs}"))))
+    return run, verdict(run, seen)
+
+
+def _interrupted(line: Line) -> tuple[Run, Seen]:
+    """The run, stopped on the way and gone on with."""
     run = launch(line, new=True).run
-    say(f"{run.id}: {STEPS} steps, a stop after {STOP_AFTER}")
+    say(f"{run.id}: a stop after {STOP_AFTER} steps")
     try:
         seen = Seen(time.time(), [], [])
         _wait(run, seen, lambda: _steps(run, 0) >= STOP_AFTER, "the first steps")
         say(f"step {_steps(run, 0)}: asking it to stop")
         seen.stop = time.time()
-        ask_to_stop(run)
+        if not run.events("finished"):
+            ask_to_stop(run)
         _wait(run, seen, lambda: seen.ended is not None, "the stop", may_end=True)
         if state_now(run) not in GOING and not run.events("finished"):
             say("this site does not go on by itself: resuming")
@@ -111,7 +137,11 @@ def smoke(line: Line) -> tuple[Run, list[Finding]]:
         say(f"cancelling {run.id}")
         cancel(run, now=True)
         raise
-    return run, verdict(run, seen)
+    return run, seen
+
+
+def _stopped(run: Run) -> bool:
+    return any(event.get("reason") == "stop" for event in run.events("checkpoint"))
 
 
 def ask_to_stop(run: Run) -> None:
@@ -123,8 +153,8 @@ def ask_to_stop(run: Run) -> None:
     plan = run.plan(max(0, run.lives_started() - 1))
     to_batch = ["--batch"] if plan.site["signal"] == "batch" else []
     answer = call([run.record()["tools"]["scancel"], *to_batch, "--signal=USR2", job_id])
-    if answer.code != 0:
-        raise RunFailed(f"scancel: {answer.reason}", code="scancel")
+    if answer.code != 0:  # it may be over already
+        say(f"scancel: {answer.reason}")
 
 
 def verdict(run: Run, seen: Seen) -> list[Finding]:
