@@ -48,7 +48,7 @@ MACHINE = Machine(
     host="login1",
     user="student",
     groups=frozenset(["student", "users"]),
-    rooms=(Room("$SCRATCH", "/scratch/student", "lustre", 9 * 2**40), Room("$WORK", "/work/student", "nfs4", 2**40)),
+    rooms=(Room("$SCRATCH", "/scratch/student", "lustre", 9 * 2**40), Room("$WORK", "/project/student", "nfs4", 2**40)),
     small_rooms=(),
     has_modules=True,
     apptainer=Apptainer("/usr/bin/apptainer", "apptainer", "1.4.5", None, True, True, True, True),
@@ -56,7 +56,7 @@ MACHINE = Machine(
 POOR = replace(
     MACHINE,
     rooms=(),
-    small_rooms=(Room("$WORK", "/work/student", "nfs4", 3 * 2**30),),
+    small_rooms=(Room("$WORK", "/project/student", "nfs4", 3 * 2**30),),
     has_modules=False,
     apptainer=Apptainer(None),
 )
