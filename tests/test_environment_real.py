@@ -43,8 +43,8 @@ class Poisoned:
     cluster: Cluster
     folder: Path
     python: Path
-    """Does not start without ``library``."""
-    library: Path
+    """Does not start without what is in ``lib_folder``."""
+    lib_folder: Path
     singularity: Path
 
     @property
@@ -63,11 +63,11 @@ class Poisoned:
     def environment(self) -> dict[str, str]:
         packages, poison = self.cluster.root / "venv" / "lib" / "python3.11" / "site-packages", self.folder / "poison"
         caches = ("HF_HOME", "HF_DATASETS_CACHE", "TRANSFORMERS_CACHE", "TORCH_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "WANDB_DIR")
-        load = f'[ "$1" = load ] && export LD_LIBRARY_PATH={self.library}'
+        load = f'[ "$1" = load ] && export LD_LIBRARY_PATH={self.lib_folder}'
         return {
             **dict.fromkeys(caches, str(self.home / "caches")),
             "HOME": str(self.home),
-            "LD_LIBRARY_PATH": str(self.library),
+            "LD_LIBRARY_PATH": str(self.lib_folder),
             "PYTHONPATH": f"{packages}:{poison}",
             "LD_PRELOAD": "libm.so.6",
             "APPTAINER_BIND": f"{poison}:/mnt",

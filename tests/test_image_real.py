@@ -196,6 +196,7 @@ def test_entered_on_two_nodes_unpacked_and_removed(cluster: Cluster, image: Cont
     folder = cluster.home / "entered, with a comma: and colon"
     cluster.run("mkdir", "-p", folder)
     (folder / "x.py").write_text(ON_NODE)
+    shared = str(cluster.home / "nodes")
     options = ["--account=project", "--partition=high", "--nodes=2", "--cpus-per-task=1", "--mem=4G", "--time=10"]
     job = cluster.run("sbatch", "--parsable", "--output=/dev/null", *options, "--wrap=sleep 600")
     number = job.stdout.strip()
@@ -203,7 +204,7 @@ def test_entered_on_two_nodes_unpacked_and_removed(cluster: Cluster, image: Cont
     try:
         wait = ["bash", "-c", 'until [ "$(squeue -h -o %T -j "$1")" = RUNNING ]; do sleep 0.2; done', "-", number]
         cluster.run(*wait, timeout=120)
-        step = unpack_command(str(cluster.python), str(image.image), image.command, ["$NOT_SET", "/tmp"], job=number, life=0)
+        step = unpack_command(str(cluster.python), str(image.image), image.command, ["$NOT_SET", "/tmp"], shared=shared, job=number, life=0)
         said = [json.loads(line) for line in cluster.run(*here, *step).stdout.splitlines()]
         assert sorted((line["node"], line["mode"]) for line in said) == [("node1", "unpack"), ("node2", "unpack")]
         images = [Path(line["image"]) for line in said]
@@ -215,6 +216,7 @@ def test_entered_on_two_nodes_unpacked_and_removed(cluster: Cluster, image: Cont
             ["python3", str(folder / "x.py"), str(folder)],
             job=number,
             life=0,
+            shared=shared,
             binds=[bind(str(folder))],
             env={"A": "$(id), b"},
             cwd=str(folder),
@@ -228,7 +230,7 @@ def test_entered_on_two_nodes_unpacked_and_removed(cluster: Cluster, image: Cont
         cluster.run("scancel", "--signal=USR2", f"{number}.1")
         _, errors = ranks.communicate(timeout=60)
         assert ranks.returncode == 85, errors
-        cluster.run(*here, *remove_command(str(cluster.python), job=number, life=0))
+        cluster.run(*here, *remove_command(str(cluster.python), shared=shared, job=number, life=0))
         assert not any(image.parent.exists() for image in images)
     finally:
         cluster.run("scancel", number)

@@ -239,7 +239,7 @@ def test_a_folder_without_scheduler_lives_with_its_process(tmp_path: Path) -> No
     Owner("node1", "old", 0, "host", boot_id(), process.pid, process_start(process.pid)).write(tmp_path / "x")
     assert sweep(tmp_path, me, is_job_alive=lambda job: False) == []
     process.kill()
-    process.wait()
+    process.communicate()
     assert sweep(tmp_path, me, is_job_alive=lambda job: None) == [tmp_path / "x"]
 
 

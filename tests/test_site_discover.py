@@ -1,4 +1,4 @@
-"""site discover: what Slurm prints → facts → a whole site file, for clusters that differ; and the machine's own facts.
+"""site discover: facts → a whole site file, for clusters that differ; and the command.
 
 ``python -m tests.test_site_discover`` writes the golden files anew.
 """
@@ -14,64 +14,16 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli import app
-from launcher.cli.site import known_gpus
-from launcher.errors import ActionError, FtlaunchError, MissingError
+from launcher.errors import FtlaunchError
 from launcher.preset.reading import read_site
-from launcher.preset.site import Site
-from launcher.site import slurm_facts
-from launcher.site.ask import ask_cluster
 from launcher.site.conclude import conclude, preemptible
-from launcher.site.kinds import kind_of
-from launcher.site.machine_facts import (
-    Apptainer,
-    Machine,
-    Room,
-    container_module,
-    filesystem_of,
-    find_rooms,
-    look_for_apptainer,
-    module_names,
-    read_mounts,
-    subordinate_ids,
-)
 from launcher.site.rights import rights_of
-from launcher.site.site_file import add_facts, flow, scalar, site_text
-from launcher.site.slurm_facts import Gres
-from launcher.site.trial import try_requests
+from launcher.site.site_file import site_text
 from tests.conftest import REPOSITORY
+from tests.discovered import MACHINE, TODAY, discovered, site_of
 from tests.fake_cluster import NAMES, cluster_of, make_fake_cluster
 
 GOLDEN = REPOSITORY / "tests" / "golden" / "discovered"
-TODAY = "2026-11-22"
-
-MACHINE = Machine(
-    host="login1",
-    user="student",
-    groups=frozenset(["student", "users"]),
-    rooms=(Room("$SCRATCH", "/scratch/student", "lustre", 9 * 2**40), Room("$WORK", "/work/student", "nfs4", 2**40)),
-    small_rooms=(),
-    has_modules=True,
-    apptainer=Apptainer("/usr/bin/apptainer", "apptainer", "1.4.5", None, True, True, True, True),
-)
-POOR = replace(
-    MACHINE,
-    rooms=(),
-    small_rooms=(Room("$WORK", "/work/student", "nfs4", 3 * 2**30),),
-    has_modules=False,
-    apptainer=Apptainer(None),
-)
-MODULE = replace(MACHINE, apptainer=Apptainer("/opt/apptainer/bin/apptainer", "apptainer", "1.3.3", "tacc-apptainer", False, True))
-MACHINES = {"bare": POOR, "whole": MODULE}
-
-
-def discovered(name: str) -> str:
-    return site_text(conclude(cluster_of(name), MACHINES.get(name, MACHINE), known_gpus(), name=None, today=TODAY))
-
-
-def site_of(text: str, folder: Path) -> Site:
-    file = folder / "found.yaml"
-    file.write_text(text)
-    return read_site(str(file)).value
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,60 +99,6 @@ def test_untyped_gpus_and_preemption_by_partition(tmp_path: Path) -> None:
     assert "the batch step hears of a preemption first" in discovered("modern")
 
 
-@pytest.mark.parametrize(
-    ("gres_type", "features", "kind"),
-    [
-        ("a100", (), None),
-        ("a100", ("rome", "mem_80"), None),
-        ("a100", ("a100_80",), "a100-80gb"),
-        ("nvidia_a100-sxm4-40gb", (), "a100-40gb"),
-        ("nvidia_a100-pcie-40gb", (), "a100-pcie-40gb"),
-        ("volta", ("volta16",), "v100-16gb"),
-        ("h100", (), "h100"),
-        ("gh200", (), "gh200"),
-        (None, ("GPU_SKU:A100_SXM4", "GPU_MEM:80GB"), "a100-80gb"),
-    ],
-)
-def test_kind(gres_type: str | None, features: tuple[str, ...], kind: str | None) -> None:
-    found = kind_of(gres_type, features, known_gpus())
-    assert found is not None and found.name == kind
-
-
-@pytest.mark.parametrize(("gres_type", "features"), [("a100_1g.10gb", ()), (None, ("skylake", "ib"))])
-def test_no_kind(gres_type: str | None, features: tuple[str, ...]) -> None:
-    assert kind_of(gres_type, features, known_gpus()) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("gpu:a100:4(S:0-1),nvme:1", (Gres("gpu", "a100", 4), Gres("nvme", None, 1))),
-        ("gpu:4", (Gres("gpu", None, 4),)),
-        ("gpu:1g.10gb:7(S:0,1)", (Gres("gpu", "1g.10gb", 7),)),
-        ("localtmp:2G", (Gres("localtmp", None, 2**31),)),
-        ("gpu:4090:8", (Gres("gpu", "4090", 8),)),
-        ("(null)", ()),
-    ],
-)
-def test_gres(text: str, found: tuple[Gres, ...]) -> None:
-    assert slurm_facts.gres(text) == found
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [("1-00:00:00", 1440), ("02:00:00", 120), ("00:00:30", 1), ("30", 30), ("10:30", 11), ("2-12", 3600), ("UNLIMITED", None), ("", None)],
-)
-def test_minutes(text: str, found: int | None) -> None:
-    assert slurm_facts.minutes(text) == found
-
-
-def test_values_with_spaces_and_equals_signs() -> None:
-    (record,) = slurm_facts.records(
-        "NodeName=n1 OS=Linux 5.14 #1 SMP RealMemory=10 Reason=a=b c d [root@2026] Partitions=x,y\n   State=DOWN*"
-    )
-    assert (record["OS"], record["RealMemory"], record["Partitions"], record["State"]) == ("Linux 5.14 #1 SMP", "10", "x,y", "DOWN*")
-
-
 def test_an_account_that_accounting_does_not_know() -> None:
     cluster = replace(cluster_of("modern"), associations=(), default_account=None)
     rights = rights_of(cluster, frozenset())
@@ -221,173 +119,6 @@ def test_hostile_names_do_not_reach_the_file(tmp_path: Path) -> None:
     site = site_of(written, tmp_path)
     assert (site.name, list(site.partitions)) == ("a-b-31m", ["all"])
     assert "\x1b" not in written
-
-
-@pytest.mark.parametrize(
-    "value", ["on", "null", "24h", "1e5", "0x1", "a: b", "#x", "*", "it's", "", "~", "12", "é", "- a", "a #b", True, 7]
-)
-def test_scalars_are_read_back(value: object, tmp_path: Path) -> None:
-    from ruamel.yaml import YAML
-
-    assert YAML(typ="safe").load(f"x: {scalar(value)}")["x"] == value
-    assert YAML(typ="safe").load(flow({"a": [value, {str(value): value}]})) == {"a": [value, {str(value): value}]}
-
-
-def test_learned_facts_keep_the_comments(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text(discovered("besteffort"))
-    add_facts(file, "strict", {("partitions", "gpu", "driver"): "580.1", ("local_disk",): ["/tmp"]}, "probe")
-    site = read_site(str(file)).value
-    assert (site.partitions["gpu"].driver, site.partitions["gpu"].qos, site.local_disk) == ("580.1", "regular", ["/tmp"])
-    assert site.sources["partitions.gpu.driver"] == "probe" and "local_disk" not in site.unknown
-    assert "# without --time a job gets 2h" in file.read_text()
-
-
-def test_learned_facts_in_a_new_file(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    add_facts(file, "slurm", {("partitions", "a.b", "internet"): False}, "probe")
-    site = read_site(str(file)).value
-    assert (site.name, site.partitions["a.b"].internet, site.container.use) == ("mine", False, "apptainer")
-
-
-MOUNTS = "rootfs / ext4 rw 0 0\nsrv:/home /home nfs4 rw 0 0\nfs@tcp:/x /scratch lustre rw 0 0\nx /mnt/with\\040space beegfs_nodev rw 0 0\n"
-
-
-def test_mounts(tmp_path: Path) -> None:
-    (tmp_path / "mounts").write_text(MOUNTS)
-    mounts = read_mounts(tmp_path / "mounts")
-    assert [filesystem_of(path, mounts) for path in ("/home/a", "/scratch", "/scratchy", "/mnt/with space/x")] == [
-        "nfs4",
-        "lustre",
-        "ext4",
-        "beegfs_nodev",
-    ]
-
-
-def test_rooms(tmp_path: Path) -> None:
-    home, scratch, closed = tmp_path / "home", tmp_path / "scratch", tmp_path / "closed"
-    for folder in (home / "work", scratch, closed):
-        folder.mkdir(parents=True)
-    environ = {"USER": "x", "SCRATCH": str(scratch), "WORK": str(home / "work"), "PROJECT": str(scratch), "LUSTRE": str(tmp_path / "gone")}
-    rooms = find_rooms(environ, home, [("/", "ext4"), (str(scratch), "lustre")])
-    assert [(room.written, room.shared) for room in rooms] == [("$SCRATCH", True)]
-
-
-@pytest.mark.parametrize(
-    ("names", "module"),
-    [
-        (["gcc/12", "tacc-apptainer/1.3.3", "tacc-apptainer/1.4.1(default)"], "tacc-apptainer"),
-        (["/opt/modules:", "tools/Apptainer/1.2.4"], "tools/Apptainer"),
-        (["singularity-ce/4.1.0"], "singularity-ce"),
-        (["apptainer-extras-docs"], None),
-        ([], None),
-    ],
-)
-def test_container_module(names: list[str], module: str | None) -> None:
-    assert container_module(names) == module
-
-
-def test_apptainer_by_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``module`` is a function of the login shell, and only what it loads brings the command."""
-    (tmp_path / "brought").mkdir()
-    command = tmp_path / "brought" / "singularity"
-    command.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "singularity-ce version 3.11.4"\nexit 0\n')
-    command.chmod(0o755)
-    (tmp_path / ".bash_profile").write_text(
-        f'module() {{ if [ "$2" = avail ]; then echo site/singularity/3.11; else PATH=$PATH:{tmp_path}/brought; fi; }}\n'
-    )
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    names = module_names()
-    assert names == ["site/singularity/3.11"]
-    found = look_for_apptainer(None, names)
-    assert (found.path, found.command, found.module, found.version, found.setuid) == (
-        str(command),
-        "singularity",
-        "site/singularity",
-        "3.11.4",
-        False,
-    )
-
-
-def test_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".bash_profile").write_text("unset -f module\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert module_names() is None
-
-
-def test_subordinate_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("newuidmap", "newgidmap"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    (tmp_path / "subuid").write_text("anna:100000:65536\n")
-    (tmp_path / "empty").write_text("")
-    assert subordinate_ids("anna", [str(tmp_path / "subuid")] * 2)
-    assert not subordinate_ids("anna", [str(tmp_path / "subuid"), str(tmp_path / "empty")])
-    assert not subordinate_ids("ann", [str(tmp_path / "subuid")] * 2)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_programs_are_asked(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the programs print is what the golden files were made of."""
-    fake = make_fake_cluster(name, tmp_path / "bin", monkeypatch)
-    asked, known = ask_cluster("student"), cluster_of(name)
-    assert (asked.config, asked.partitions, asked.nodes) == (known.config, known.partitions, known.nodes)
-    assert (asked.associations, asked.qualities, asked.default_account) == (known.associations, known.qualities, known.default_account)
-    assert asked.failed == {} and bool(fake.calls("sacctmgr")) == known.has_accounting
-
-
-def test_programs_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {
-        "node": {"err": "slurm_load_node error: Unable to contact\n"},
-        "qos": {"err": "sacctmgr: error: slurm_persist_conn_open: Connection refused\n"},
-    }
-    make_fake_cluster("besteffort", tmp_path / "bin", monkeypatch, broken=broken)
-    cluster = ask_cluster("student")
-    assert cluster.nodes == () and cluster.qualities == ()
-    assert set(cluster.failed) == {"scontrol -o show node", "sacctmgr -n -P show qos"}
-    text = site_text(conclude(cluster, MACHINE, known_gpus(), name=None, today=TODAY))
-    site = site_of(text, tmp_path)
-    assert site.partitions["gpu"].gpus_per_node == 4  # by the partition's TRES
-    assert "scontrol -o show node failed: slurm_load_node error: Unable to contact" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "refused", "request_", "memory", "asked"),
-    [
-        ("besteffort", [], "gres", "mem", 1),
-        ("besteffort", ["--gres=gpu:volta:1"], "gpus_per_node", "mem", 2),
-        ("besteffort", ["--gres=gpu:volta:1", "--gpus-per-node=volta:1", "--mem=1G"], "gpus_per_task", "none", 7),
-        ("whole", [], "none", "none", 1),
-        ("bare", ["--partition=all"], "gres", "none", 4),
-    ],
-)
-def test_slurm_is_asked_whether_it_would_take_a_job(
-    name: str, refused: list[str], request_: str, memory: str, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken: dict[str, dict[str, object]] = {word: {"err": f"sbatch: error: no {word[2:5]} here\n"} for word in refused}
-    fake = make_fake_cluster(name, tmp_path / "bin", monkeypatch, broken=broken)
-    draft = conclude(cluster_of(name), MACHINE, known_gpus(), name=None, today=TODAY)
-    try_requests(draft, str(tmp_path / "bin" / "sbatch"), today=TODAY)
-    assert (draft.values["gpu_request"], draft.values["memory"]) == (request_, memory)
-    assert len(fake.calls("sbatch")) == asked and all(call[0] == "--test-only" for call in fake.calls("sbatch"))
-    assert ("gpu_request" in draft.unknown) == (name == "bare")
-    assert draft.notes[""][-1].startswith("Slurm refuses" if name == "bare" else "Slurm takes a job asked for by")
-    site_of(site_text(draft), tmp_path)
-
-
-def test_no_slurm_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(MissingError, match="scontrol"):
-        ask_cluster("student")
-
-
-def test_no_answer_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = {"scontrol": {"err": "Unable to contact slurm controller (connect failure)\n"}}
-    make_fake_cluster("besteffort", tmp_path / "bin", monkeypatch, broken=broken)
-    with pytest.raises(ActionError, match="Unable to contact"):
-        ask_cluster("student")
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

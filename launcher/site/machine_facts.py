@@ -31,10 +31,16 @@ ENOUGH_BYTES = 50 * 2**30
 VARIABLES = ("SCRATCH", "PSCRATCH", "CSCRATCH", "SCRATCHDIR", "GLOBAL_SCRATCH", "WORK", "WORKDIR", "GROUP_SCRATCH", "PROJECT", "LUSTRE")
 """What sites call a user's room on the shared file system, the best for runs first."""
 
-PATHS = (
-    "/scratch/$USER", "/scratch/users/$USER", "/scratch/work/$USER", "/scratch/project/$USER", "/work/$USER", "/work/users/$USER",
-    "/lustre/$USER", "/lustre/scratch/$USER", "/lustre/users/$USER", "/gpfs/scratch/$USER", "/beegfs/$USER", "/ptmp/$USER",
-)  # fmt: skip
+ROOTS: Mapping[str, Sequence[str]] = {
+    "scratch": ("", "users", "work", "project"),
+    "work": ("", "users"),
+    "lustre": ("", "scratch", "users"),
+    "gpfs": ("scratch",),
+    "beegfs": ("",),
+    "ptmp": ("",),
+}
+PATHS = tuple(str(Path("/", root, below, "$USER")) for root, folders in ROOTS.items() for below in folders)
+"""Where a user's room is on sites that set no variable, in this order."""
 
 
 @dataclass(frozen=True)

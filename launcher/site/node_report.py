@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 import urllib.error
@@ -23,6 +22,7 @@ from launcher.errors import FtlaunchError
 from launcher.files import write_json
 from launcher.image.disk import space_of
 from launcher.image.unpack import mounts_by_kernel
+from launcher.slurm.tools import NO_ANSWER, NO_PROGRAM, call, clean_environment
 
 PATIENCE_S = 15.0
 
@@ -113,13 +113,11 @@ def disk_facts(written: str, environ: Mapping[str, str]) -> dict[str, Any]:
 def index_reachable(python: str, index: str | None = None) -> str | None:
     """None when pip's package index answers, else why not. ``index``: in the place of the one that pip is configured with."""
     command = [python, "-m", "pip", "--disable-pip-version-check", "index", "versions", "pip", "--timeout", "5", "--retries", "0"]
-    answer = _run([*command, *(["--index-url", index] if index else [])])
-    if isinstance(answer, str):
-        return answer
-    if answer.returncode == 0:
+    answer = call([*command, *(["--index-url", index] if index else [])], timeout_s=PATIENCE_S)
+    if answer.code == 0:
         return None
     lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
-    return _without_password(lines[-1])[:300] if lines else f"pip ended with {answer.returncode}"
+    return _without_password(lines[-1])[:300] if lines else f"pip ended with {answer.code}"
 
 
 def hub_reachable(environ: Mapping[str, str]) -> str | None:
@@ -144,8 +142,8 @@ def hub_reachable(environ: Mapping[str, str]) -> str | None:
 
 def namespaces() -> bool | None:
     """Whether a user namespace can be made; None when that cannot be tried."""
-    answer = _run(["unshare", "--user", "--map-root-user", "true"])
-    return None if isinstance(answer, str) else answer.returncode == 0
+    answer = call(["unshare", "--user", "--map-root-user", "true"], timeout_s=PATIENCE_S)
+    return None if answer.code in (NO_ANSWER, NO_PROGRAM) else answer.code == 0
 
 
 def container_facts(command: str | None) -> dict[str, Any] | None:
@@ -181,14 +179,8 @@ def submits(sbatch: str | None, script: str | None, environ: Mapping[str, str]) 
     """None when a job like this one may be submitted from here, else why not. Submits nothing."""
     if sbatch is None or script is None:
         return "not asked"
-    own = {name: value for name, value in environ.items() if not name.startswith(("SLURM_", "SBATCH_")) or name == "SLURM_CONF"}
-    answer = _run([sbatch, "--test-only", script], own)
-    if isinstance(answer, str):
-        return answer
-    if answer.returncode == 0:
-        return None
-    lines = [line.strip() for line in (answer.stderr + answer.stdout).splitlines() if line.strip()]
-    return "; ".join(lines)[:300] or f"sbatch ended with {answer.returncode}"
+    answer = call([sbatch, "--test-only", script], environ=clean_environment(environ), timeout_s=PATIENCE_S)
+    return None if answer.code == 0 else answer.reason[:300]
 
 
 def _word(file: str) -> str:
@@ -199,28 +191,8 @@ def _word(file: str) -> str:
 
 
 def _said(command: Sequence[str]) -> str | None:
-    answer = _run(command)
-    return None if isinstance(answer, str) or answer.returncode != 0 else answer.stdout
-
-
-def _run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str] | str:
-    """What a program said, or why it said nothing."""
-    own = dict(os.environ if environ is None else environ)
-    try:
-        return subprocess.run(
-            list(command),
-            env=own,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PATIENCE_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {PATIENCE_S:g} s"
-    except OSError as error:
-        return f"{command[0]}: {error.strerror}"
+    answer = call(command, timeout_s=PATIENCE_S)
+    return answer.stdout if answer.code == 0 else None
 
 
 def _without_password(text: str) -> str:

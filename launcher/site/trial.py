@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from launcher.site.conclude import Draft
-from launcher.slurm.tools import call, clean_environment
+from launcher.slurm.tools import NO_ANSWER, NO_PROGRAM, call, clean_environment
 
 TIMEOUT_S = 20.0
 
@@ -27,7 +27,7 @@ def try_requests(draft: Draft, sbatch: str, *, today: str) -> None:
         options = _options(draft.values, name, form, memory)
         environ = clean_environment(os.environ)
         answer = call([sbatch, "--test-only", *options, "--wrap=true"], environ=environ, timeout_s=TIMEOUT_S)
-        if answer.code in (124, 127) or answer.unreachable:
+        if answer.code in (NO_ANSWER, NO_PROGRAM) or answer.unreachable:
             return
         if answer.code == 0:
             _keep(draft, form, memory, f"sbatch --test-only {' '.join(options)} is accepted, {today}")

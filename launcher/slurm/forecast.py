@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from launcher.errors import Finding
-from launcher.slurm.tools import call, clean_environment
+from launcher.slurm.tools import NO_ANSWER, NO_PROGRAM, call, clean_environment
 
 PATIENCE_S = 5.0
 """A forecast is not worth a longer wait."""
@@ -70,7 +70,7 @@ def forecast_start(script: str, sbatch: str, *, environ: Mapping[str, str], time
         if said is None or start is None:
             return Forecast(reason="sbatch --test-only says no time", asked_s=asked_s)
         return Forecast(start, said[2], said[3], asked_s=asked_s)
-    if answer.code in (124, 127) or answer.code < 0 or answer.unreachable:
+    if answer.code in (NO_ANSWER, NO_PROGRAM) or answer.code < 0 or answer.unreachable:
         return Forecast(reason=answer.reason, asked_s=asked_s)
     return Forecast(refusal=answer.reason, asked_s=asked_s)
 

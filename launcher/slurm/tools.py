@@ -19,11 +19,17 @@ TIMEOUT_S = 60
 SBATCH_TIMEOUT_S = 300
 """Longer, since a job may have been accepted when its answer does not come."""
 
+NO_ANSWER = 124
+"""A program that did not answer in time, as ``timeout`` says it."""
+
+NO_PROGRAM = 127
+"""A program that is not there, as a shell says it."""
+
 _PREFIX = re.compile(r"^(sbatch|scontrol|scancel|squeue|sacct|srun): (error: )?")
 
 _UNREACHABLE = re.compile(r"contact|connect|communication|timed out|did not answer|zero bytes|try again", re.IGNORECASE)
 
-_NO_ANSWER = re.compile(r"timed out|zero bytes", re.IGNORECASE)
+_LOST_ANSWER = re.compile(r"timed out|zero bytes", re.IGNORECASE)
 """What sbatch says when it asked the controller and lost the answer."""
 
 _SCRUBBED_PREFIXES = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI", "SUBMITIT_", "FTLAUNCH_LIFE", "FTLAUNCH_SUBMITIT")
@@ -36,7 +42,7 @@ class Unanswered(ActionError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program said. ``code`` is 127 when it is missing and 124 when it did not answer in time."""
+    """What a program said. ``code`` is NO_PROGRAM when it is missing and NO_ANSWER when it did not answer in time."""
 
     code: int
     stdout: str
@@ -86,9 +92,9 @@ def call(argv: Sequence[str], *, environ: Mapping[str, str] | None = None, cwd: 
             start_new_session=True,
         )
     except subprocess.TimeoutExpired:
-        return Answer(124, "", f"{argv[0]} did not answer within {timeout_s:g} s")
+        return Answer(NO_ANSWER, "", f"{argv[0]} did not answer within {timeout_s:g} s")
     except OSError as error:
-        return Answer(127, "", f"{argv[0]}: {error.strerror}")
+        return Answer(NO_PROGRAM, "", f"{argv[0]}: {error.strerror}")
     return Answer(done.returncode, done.stdout, done.stderr)
 
 
@@ -114,13 +120,13 @@ def sbatch(
     """
     environ = {**clean_environment(environ), **(extra or {})}
     answer = call([program, "--parsable", *options, str(script)], environ=environ, cwd=script.parent, timeout_s=SBATCH_TIMEOUT_S)
-    if answer.code == 127:
+    if answer.code == NO_PROGRAM:
         raise MissingError(answer.reason, code="no-slurm")
     job_id = answer.stdout.strip().splitlines()[-1].partition(";")[0] if answer.stdout.strip() else ""
     if answer.code == 0 and job_id.isdigit():
         return job_id
-    # 124 and a death by signal are ours; with 0 it was accepted, whatever sbatch printed.
-    if answer.code in (0, 124) or answer.code < 0 or _NO_ANSWER.search(answer.reason):
+    # No answer and a death by signal are ours; with 0 it was accepted, whatever sbatch printed.
+    if answer.code in (0, NO_ANSWER) or answer.code < 0 or _LOST_ANSWER.search(answer.reason):
         raise Unanswered(
             f"sbatch gave no job id for {script}, which may have been accepted: {answer.reason}",
             code="sbatch-unanswered",
