@@ -9,7 +9,6 @@ from training_runs import (
     LORA,
     history,
     load_file,
-    make_data,
     make_model,
     make_run,
     rewrite_plan,
@@ -40,11 +39,6 @@ SQUARE = {"starcoder2": "q_proj", "gpt_bigcode": "c_fc", "llama": "q_proj"}
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return {family: make_model(root / family, family, dropout=True, tie_word_embeddings=family != "llama") for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"), 60, 10)
 
 
 def loaded(tmp_path, model, data, adapter, **sections):

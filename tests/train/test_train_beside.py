@@ -4,8 +4,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from rank_server import serve_ranks
-from training_runs import history, make_data, make_model, make_run, metrics, state_of, torch, train_here
+from training_runs import history, make_run, metrics, state_of, torch, train_here
 
 from launcher import checkpoint
 from launcher.errors import EXIT_STOPPED, RunFailed, UsageError
@@ -21,16 +20,6 @@ pytestmark = pytest.mark.train
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), dropout=True)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"), 60, 10)
 
 
 # --- loader
@@ -154,14 +143,13 @@ def test_what_is_being_written_is_not_committed_for_a_newer_life(tmp_path, model
     assert checkpoint.committed(run) == []
 
 
-def test_a_write_that_fails_ends_every_rank_at_the_next_step(tmp_path, model, data):
+def test_a_write_that_fails_ends_every_rank_at_the_next_step(tmp_path, model, data, server):
     """The second checkpoint finds a file where its folder should be renamed to."""
     run = make_run(tmp_path / "run", model, data, ranks=2, training={"epochs": 8}, checkpoint={"every": "2", "asynchronous": True})
     run.checkpoints.mkdir()
     blocked = run.checkpoint(4)
     blocked.write_text("a file where the checkpoint should be")
-    with serve_ranks() as ranks:
-        assert ranks.train(run) == [1, 1]
+    assert server.train(run) == [1, 1]
     first, second = read_exit_records(run, 0)
     assert first.reason.startswith("NotADirectoryError")
     assert second.reason == "RuntimeError: another rank could not save step 4: see its log"

@@ -47,16 +47,6 @@ PARAMETERS = 64 * 32 + 2 * (32 * (32 + 16 + 16 + 32) + 96 + 2 * 32 * 64 + 96 + 4
 """Of the tiny starcoder2: its embedding (the head is the same), two layers with biases and norms, the last norm."""
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), dropout=True)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"), 60, 10)
-
-
 @pytest.mark.parametrize("sections", PATHS.values(), ids=PATHS)
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(tmp_path, model, data, sections):
     whole, cut = (make_run(tmp_path / name, model, data, **sections) for name in ("whole", "cut"))

@@ -6,13 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from rank_server import serve_ranks
 from training_runs import (
     CONFIGS,
     LORA,
     SOURCE,
     history,
-    make_data,
     make_model,
     make_run,
     state_of,
@@ -36,22 +34,6 @@ NEEDS_NEWER = pytest.mark.skipif(OLD, reason=f"torch {torch.__version__} has non
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"), dropout=True)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"), 60, 10)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with serve_ranks() as server:
-        yield server
 
 
 # --- cross-entropy
@@ -117,13 +99,13 @@ def test_the_planner_counts_with_the_size_of_a_piece():
 
 
 @pytest.mark.parametrize("parallelism", ["ddp", pytest.param("fsdp", marks=NEEDS_NEWER)])
-def test_chunked_on_two_ranks_is_plain_on_one(tmp_path, data, ranks, parallelism):
+def test_chunked_on_two_ranks_is_plain_on_one(tmp_path, data, server, parallelism):
     model = make_model(tmp_path / "model")
     training = {"effective_batch": 20, "micro_batch": 5}
     one = make_run(tmp_path / "one", model, data, training=training)
     two = make_run(tmp_path / "two", model, data, ranks=2, parallelism=parallelism, training={**training, "cross_entropy": "chunked"})
     assert train_here(one) == 0
-    assert ranks.train(two) == [0, 0]
+    assert server.train(two) == [0, 0]
     for alone, shared in zip(history(one), history(two), strict=True):
         assert shared[2] == pytest.approx(alone[2], abs=1e-5) and shared[-1] == alone[-1]
 
