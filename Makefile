@@ -33,7 +33,8 @@ planner-report: $(INSTALLED)  ## docs/planner.md: predicted against measured and
 sites-report: $(INSTALLED)  ## docs/sites.md: what each shipped site is, from its file
 	$(VENV)/bin/python -m benchmarks.sites_report
 
-bench-cpu: $(INSTALLED)  ## docs/benchmarks/cpu.md: against a plain Trainer on this machine's CPU, 10 minutes to an hour
+bench-cpu: $(INSTALLED)  ## docs/benchmarks/cpu.md and checkpoints.md, on this machine's CPU: 20 minutes to an hour
+	$(VENV)/bin/python -m benchmarks.checkpoint_stall --page
 	$(VENV)/bin/python -m benchmarks.cpu_page
 
 bench-gpu: $(INSTALLED)  ## docs/benchmarks: all GPU tables, on one H200

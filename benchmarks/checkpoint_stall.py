@@ -1,6 +1,7 @@
 """How long training waits for a checkpoint, written by itself and beside it: python -m benchmarks.checkpoint_stall
 
-One rank, a model of 100M parameters in fp32 with AdamW, the functions that the training calls, steps of arithmetic between the checkpoints.
+``--page`` writes docs/benchmarks/checkpoints.md. One rank, a model of 100M parameters in fp32 with AdamW, the functions that the training
+calls, steps of arithmetic between the checkpoints.
 On a machine with a GPU the state is there and is copied over PCIe.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -19,6 +21,8 @@ import torch
 import transformers
 
 from launcher import checkpoint
+from launcher.bench.inside import machine
+from launcher.files import write_text
 from launcher.run import Run
 from launcher.train.cross_entropy import CrossEntropy
 from launcher.train.engine_plain import PlainEngine
@@ -26,6 +30,9 @@ from launcher.train.optimizer import build_optimizer
 from launcher.train.ranks import Ranks
 from launcher.train.state import save
 from launcher.train.writer import Writer
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks" / "checkpoints.md"
 
 TRAINING = {
     "optimizer": "adamw", "learning_rate": 1e-5, "weight_decay": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
@@ -39,10 +46,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--layers", type=int, default=12, help="7 million parameters each, beside 38 million")
     parser.add_argument("--to", type=Path, help="folder to write into; default: a temporary one")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--page", action="store_true", help=f"write {PAGE.relative_to(ROOT)} too")
     chosen = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=chosen.to) as folder:
         found = measure(Path(folder), chosen.saves, chosen.layers)
     print(json.dumps(found) if chosen.json else _text(found))
+    if chosen.page:
+        write_text(PAGE, _page(found, chosen.saves), mode=0o644)
+        print(PAGE)
     return 0
 
 
@@ -126,6 +137,32 @@ def _text(found: dict[str, Any]) -> str:
         f"training waits {found['blocked_s']:.3f} s (the first time {found['first_blocked_s']:.3f}), committed after "
         f"{found['total_s']:.2f} s\n"
         f"ratio {found['ratio']:.3f}, steps meanwhile {found['slower_steps']:.2f} times as long"
+    )
+
+
+def _page(found: dict[str, Any], saves: int) -> str:
+    rows = {
+        "checkpoint, GB": f"{found['checkpoint_gb']:.2f}",
+        "training waits for a synchronous one, s": f"{found['synchronous_s']:.2f}",
+        "training waits for an asynchronous one, s": f"{found['blocked_s']:.3f}",
+        "the same for the first, which makes the buffers, s": f"{found['first_blocked_s']:.3f}",
+        "asynchronous ÷ synchronous": f"**{found['ratio']:.3f}** (goal ≤ 0.1: {'reached' if found['ratio'] <= 0.1 else 'missed'})",
+        "asynchronous, from the first byte to committed, s": f"{found['total_s']:.2f}",
+        "a step while one is written ÷ a step without": f"{found['slower_steps']:.2f}",
+    }
+    here = machine(torch.device(found["device"]))
+    versions = ", ".join(f"{name} {version}" for name, version in here["versions"].items() if name in ("python", "torch", "transformers"))
+    return "\n".join(
+        [
+            "# How long training waits for a checkpoint\n",
+            "Written by `python -m benchmarks.checkpoint_stall --page`. One rank, a StarCoder2 of 100M parameters in fp32 with AdamW, the",
+            f"functions that training calls; medians of {saves} checkpoints of each kind, in turns.",
+            f"Measured on {here['device']}, {os.cpu_count()} CPUs; {versions}.\n",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "",
+        ]
     )
 
 

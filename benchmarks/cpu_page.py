@@ -1,6 +1,6 @@
-"""Writes docs/benchmarks/cpu.md, the contest against a plain Trainer on this machine's CPU: python -m benchmarks.cpu_page
+"""Writes docs/benchmarks/cpu.md, contests against a plain Trainer and tables on this machine's CPU: python -m benchmarks.cpu_page
 
-Two models, four contests; ``--folder`` keeps what was measured. On two shared cores it takes from 10 minutes to an hour.
+``--folder`` keeps what was measured. On two shared cores it takes from 20 minutes to an hour.
 """
 
 from __future__ import annotations
@@ -16,17 +16,30 @@ from launcher.files import write_text
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "cpu.md"
 
-CONTESTS = {
-    "bench-tiny": ("presets/bench/tiny.yaml", "--sequence-length", "1024", "--warm-up", "1", "--steps", "4"),
+TINY = "presets/bench/tiny.yaml"
+AGAINST = ("--against", "trainer")
+
+BENCHES = {
+    "bench-tiny": (TINY, "--sequence-length", "1024", "--warm-up", "1", "--steps", "4", *AGAINST),
     "bench-tiny-micro-batch-2": (
-        *("presets/bench/tiny.yaml", "--sequence-length", "1024", "--micro-batch", "2"),
-        *("--set", "name=bench-tiny-micro-batch-2", "--warm-up", "1", "--steps", "4"),
+        *(TINY, "--sequence-length", "1024", "--micro-batch", "2"),
+        *("--set", "name=bench-tiny-micro-batch-2", "--warm-up", "1", "--steps", "4", *AGAINST),
     ),
     "bench-tiny-4096": (
-        *("presets/bench/tiny.yaml", "--sequence-length", "4096", "--set", "training.effective_batch=4"),
-        *("--set", "name=bench-tiny-4096", "--warm-up", "1", "--steps", "2"),
+        *(TINY, "--sequence-length", "4096", "--set", "training.effective_batch=4"),
+        *("--set", "name=bench-tiny-4096", "--warm-up", "1", "--steps", "2", *AGAINST),
     ),
-    "bench-starcoder2-100m": ("presets/bench/starcoder2-100m.yaml", "--sequence-length", "1024", "--warm-up", "1", "--steps", "2"),
+    "bench-starcoder2-100m": (
+        *("presets/bench/starcoder2-100m.yaml", "--sequence-length", "1024", "--warm-up", "1", "--steps", "2", *AGAINST),
+    ),
+    "bench-tiny-configurations": (
+        *(TINY, "--sequence-length", "1024", "--attention", "eager,sdpa", "--checkpointing", "none,full", "--adapter", "none,lora"),
+        *("--micro-batch", "1,4", "--set", "name=bench-tiny-configurations", "--warm-up", "1", "--steps", "2"),
+    ),
+    "bench-tiny-lengths": (
+        *(TINY, "--sequence-length", "1024,2048,4096", "--attention", "eager,sdpa", "--checkpointing", "none", "--adapter", "none"),
+        *("--micro-batch", "1", "--set", "name=bench-tiny-lengths", "--warm-up", "1", "--steps", "2"),
+    ),
 }
 
 
@@ -36,11 +49,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", help="measure what contains this in its name, take the others from the folder")
     parser.add_argument("--page-only", action="store_true", help="measure nothing, take all from the folder")
     chosen = parser.parse_args(arguments)
-    for name, words in CONTESTS.items():
+    for name, words in BENCHES.items():
         if chosen.only in name and not chosen.page_only:
-            command = ["bench", *words, "--against", "trainer", "--site", "local", "--out", str(chosen.folder / name)]
+            command = ["bench", *words, "--site", "local", "--out", str(chosen.folder / name)]
             subprocess.run([sys.executable, "-m", "launcher.cli", *command], cwd=ROOT, check=True)
-    pages = [chosen.folder / name / "against" for name in CONTESTS]
+    pages = [chosen.folder / name / ("against" if "--against" in words else "bench") for name, words in BENCHES.items()]
     parts = [_HEAD, *(_demoted(page.with_suffix(".md").read_text(encoding="utf-8")) for page in pages if page.with_suffix(".md").exists())]
     write_text(PAGE, "\n\n".join(part.rstrip("\n") for part in parts) + "\n", mode=0o644)
     found = [page.with_suffix(".json") for page in pages if page.with_suffix(".json").exists()]
@@ -58,10 +71,7 @@ def _demoted(page: str) -> str:
 _HEAD = """# On CPU
 
 Written by `python -m benchmarks.cpu_page` (`make bench-cpu`). The machine is shared with other work, so seconds say nothing beyond it;
-the contenders take turns step by step, and their ratios are what is meant. One thread each, fp32.
-
-Micro batch 1 is what the presets use, because on CPU it is ours' best: with several documents in a row, `flatten` gives sdpa a mask of the
-whole row, so that no kernel skips what one document hides from another. The second section shows what that costs."""
+the contenders take turns step by step, and their ratios are what is meant. One thread each, fp32."""
 
 
 if __name__ == "__main__":

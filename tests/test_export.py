@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from tests.train.training_runs import LORA, make_data, make_model, make_run, rew
 pytestmark = pytest.mark.train
 
 FAMILIES = ("starcoder2", "gpt_bigcode", "llama")
-KINDS = ("lora", "rslora", "dora", "qlora")
+NEEDS_BITSANDBYTES = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes: pip install -e '.[dev]'")
+KINDS = ("lora", "rslora", "dora", pytest.param("qlora", marks=NEEDS_BITSANDBYTES))
 TOKENS = torch.arange(1, 21)[None]
 
 
