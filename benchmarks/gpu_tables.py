@@ -7,6 +7,7 @@ NEVER RUN YET: no GPU was at hand when it was written; nothing it would say is k
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -59,8 +60,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "bench", help="where measurements are kept")
     parser.add_argument("--print-only", action="store_true", help="print the commands")
     chosen = parser.parse_args(arguments)
+    folder = chosen.folder.resolve()
     benches = [bench for bench in BENCHES if chosen.only in bench.name]
-    commands = {bench.name: ["bench", *bench.arguments, "--site", "local", "--out", str(chosen.folder / bench.name)] for bench in benches}
+    commands = {bench.name: ["bench", *bench.arguments, "--site", "local", "--out", str(folder / bench.name)] for bench in benches}
     if chosen.print_only:
         for command in commands.values():
             print("ftlaunch", *command)
@@ -71,11 +73,11 @@ def main(arguments: list[str]) -> int:
     failed = 0
     for bench in benches:
         failed += subprocess.run([sys.executable, "-m", "launcher.cli", *commands[bench.name]], cwd=ROOT).returncode != 0
-        for suffix in ("md", "csv", "json"):
-            made = chosen.folder / bench.name / f"{bench.table}.{suffix}"
-            if made.exists():
-                PAGES.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(made, PAGES / f"{bench.name}.{suffix}")
+        page = folder / bench.name / bench.table
+        if page.with_suffix(".json").exists():
+            gpu = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))["gpu"]
+            for made in page.parent.glob(f"{bench.table}.*"):
+                shutil.copyfile(made, PAGES / f"{bench.name}-{gpu}{made.suffix}")
     return 1 if failed else 0
 
 

@@ -21,7 +21,7 @@ from launcher.bench import grid, tables
 from launcher.bench.cell import Cell, Row, append_row, read_rows
 from launcher.bench.job import bench_script
 from launcher.bench.lengths import code_lengths, cut_counts, documents_for, mean_length, sample_lengths
-from launcher.bench.sweep import Contest, Effort, contend, measure_all, measure_one
+from launcher.bench.sweep import Contest, Effort, contend, contend_all, material_folder, measure_all, measure_one
 from launcher.bench.work import Workshop, wait
 from launcher.cli import app
 from launcher.cli.bench import submit_line
@@ -122,8 +122,11 @@ def test_shipped_bench_presets_have_something_to_measure(file: Path) -> None:
     ids=["much", "little"],
 )
 def test_the_line_that_submits_a_cell_is_one(cell: Cell) -> None:
-    line = line_of(H200, "training.seed=7")
+    line = read(Wish(str(REPOSITORY / H200), "local", ("training.seed=7",), {"gpus": 1}))
     name, *settings = shlex.split(submit_line(line, cell))[2:]
+    where = ["--site", "local", "--gpus", "1"]
+    assert set(where) <= set(settings)
+    settings = [word for word in settings if word not in where]
     chosen = read_preset(name, settings=[word for word in settings if word != "--set"]).value
     assert chosen.training.seed == 7
     for key, value in grid.change_for(cell, line.preset.value).items():
@@ -195,15 +198,46 @@ def plan() -> Plan:
 
 
 def test_rows_are_kept_and_not_measured_again(shop: Callable[[str], Workshop]) -> None:
-    there = shop("echo ran >>ran; exit 1")
+    there = shop("echo ran >>ran; kill -9 $$")
     candidates = [grid.Candidate(CELL, plan(), ""), grid.Candidate(replace(CELL, micro_batch=4), None, "does not fit")]
     said: list[str] = []
-    rows = measure_all(candidates, there, None, Effort(1, 2), said.append)
-    assert [(row.outcome, row.gradient_accumulation) for row in rows] == [("failed", 1), ("skipped", 0)]
-    assert measure_all(candidates, there, None, Effort(1, 2), said.append) == rows
+    rows = measure_all(candidates, there, None, Effort(1, 2), "bf16", said.append)
+    assert [(row.outcome, row.gradient_accumulation) for row in rows] == [("out of memory", 1), ("skipped", 0)]
+    assert measure_all(candidates, there, None, Effort(1, 2), "bf16", said.append) == rows
     assert (there.folder / "ran").read_text() == "ran\n"
     assert said[1] == "1024-sdpa-none-none-4: skipped, does not fit"
     assert read_rows(there.folder / "rows.jsonl") == rows
+
+
+def test_rows_of_other_settings_and_failed_ones_are_measured_again(shop: Callable[[str], Workshop]) -> None:
+    there = shop("echo ran >>ran; exit 1")
+    for setting in ("bf16", "fp32", "fp32"):
+        (row,) = measure_all([grid.Candidate(CELL, plan(), "")], there, None, Effort(1, 2), setting, print)
+        assert (row.outcome, row.setting) == ("failed", setting)
+    assert (there.folder / "ran").read_text() == "ran\n" * 3
+
+
+def test_what_cells_do_not_vary_is_the_setting() -> None:
+    values = plan().preset
+    other = {**values, "training": {**values["training"], "sequence_length": 7, "micro_batch": 3}, "attention": "eager"}
+    assert grid.unvaried(other) == grid.unvaried(values)
+    assert grid.unvaried({**values, "training": {**values["training"], "dtype": "bf16"}}) != grid.unvaried(values)
+
+
+def test_samples_of_another_wish_lie_elsewhere(tmp_path: Path) -> None:
+    wish = {"packing": "flatten", "sequence_length": 64, "steps": 3, "samples_per_step": 8, "seed": 1, "vocabulary": 100}
+    folders = {material_folder(tmp_path, one) for one in (wish, {**wish, "steps": 4}, {**wish, "seed": 2}, {**wish, "vocabulary": 9})}
+    assert len(folders) == 4 and all(folder.name.startswith("flatten-64-") for folder in folders)
+
+
+def test_a_contest_that_is_refused_does_not_end_the_others(shop: Callable[[str], Workshop]) -> None:
+    there = shop(TAKES_TURNS)
+    refused = grid.Candidate(replace(CELL, sequence_length=4096), None, "does not fit")
+    found = contend_all([refused, grid.Candidate(CELL, plan(), "")], there, Effort(1, 2), lambda text: None)
+    assert [(one.rival, one.outcome) for one in found] == [
+        ("trainer", "skipped"), ("memtune", "skipped"), ("trainer", "measured"), ("memtune", "failed"),
+    ]  # fmt: skip
+    assert found[0].reason == "does not fit"
 
 
 TAKES_TURNS = r"""
@@ -306,7 +340,11 @@ def test_one_job_measures_every_cell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--attention", "sdpa:fast"], "'sdpa:fast' is no backend"),
+        (["--attention", "sdpa:fast"], "'sdpa:fast' is not one of eager, sdpa, flash2"),
+        (["--checkpointing", "none,some"], "'some' is not one of none, selective, full"),
+        (["--adapter", "lora,loar"], "'loar' is not one of none, lora, rslora, dora, qlora"),
+        (["--against", "trainer", "--adapter", "lora"], "the rivals train without an adapter"),
+        (["--against", "trainer", "--checkpointing", "selective"], "the rivals train without selective checkpointing"),
         (["--micro-batch", "1,x"], "whole numbers above zero"),
         (["--sequence-length", "0"], "whole numbers above zero"),
         (["--against", "axolotl"], "--against takes trainer"),

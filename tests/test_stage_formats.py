@@ -226,10 +226,12 @@ CHAT = "messages_column"
         ("chat", {"messages": [{"role": "user", "content": ["x"]}]}, f"{CHAT}: messages[0].content is not text but list"),
         ("chat", {"messages": [TALK[1], {"role": "assistant", "content": ""}]}, f"{CHAT}: messages[1].content is empty: the assistant"),
         ("chat", {"messages": TALK[:2]}, f"{CHAT}: messages has no turn of the assistant: there is nothing to learn"),
+        ("prompt_completion", {"prompt": "a", "completion": "b\ud800"}, "prompt_column: a text with U+D800, half of a character (text"),
+        ("chat", {"messages": [{"role": "user", "content": "\udc00"}, TALK[2]]}, f"{CHAT}: a text with U+DC00, half of a character"),
     ],
     ids=[
         "no completion", "empty completion", "no prompt", "completion is a number", "no messages", "empty messages", "messages are text",
-        "no role", "wrong role", "content is a list", "empty answer", "no answer",
+        "no role", "wrong role", "content is a list", "empty answer", "no answer", "half a character", "half a character in a talk",
     ],
 )  # fmt: skip
 def test_a_bad_row_is_named(tmp_path: Path, format: str, row: Any, message: str) -> None:

@@ -67,7 +67,7 @@ class Row:
     mfu: float | None = None
     """(6·N + 12·L·d·S) × computed tokens/s ÷ dense peak of the dtype, S the computed tokens of a sample; None on CPU."""
     memory_gib: float | None = None
-    """Peak of the fullest GPU as torch reserved it; on CPU the peak resident memory of a process."""
+    """Peak of the fullest GPU as torch reserved it; on CPU the peak resident memory of the largest process."""
     allocated_gib: float | None = None
     """Peak of what tensors took; None on CPU."""
     predicted_memory_gib: float | None = None
@@ -77,6 +77,8 @@ class Row:
     device: str = ""
     """As its driver or the system names it."""
     versions: Mapping[str, str] = field(default_factory=dict)
+    setting: str = ""
+    """Digest of what all cells of its bench have in common; a bench with another one does not take this row for its own."""
 
     @property
     def trainable_share(self) -> float | None:

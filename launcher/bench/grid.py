@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,15 @@ def change_for(cell: Cell, preset: Preset) -> Change:
         "adapter": adapter,
         "training.micro_batch": cell.micro_batch,
     }
+
+
+def unvaried(preset: Mapping[str, Any]) -> dict[str, Any]:
+    """A planned preset without what cells vary: two benches of the same one measure the same cells."""
+    training = {
+        key: value for key, value in preset["training"].items() if key not in ("sequence_length", "activation_checkpointing", "micro_batch")
+    }
+    adapter = preset["adapter"] if isinstance(preset["adapter"], str) else {**preset["adapter"], "kind": None}
+    return {**preset, "training": training, "attention": None, "adapter": adapter}
 
 
 MEASURED: Change = {

@@ -47,14 +47,15 @@ class Turns:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when the device has done what it was told."""
+    """Seconds, when the GPUs of this process have done what they were told."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(number)
     return time.perf_counter()
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Peak memory, the device's own name, versions of what computed."""
+    """Peak memory of this process (on its fullest GPU), the device's own name, versions of what computed."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -64,7 +65,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     peak: dict[str, Any] = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "allocated_gib": None}
     if device.type == "cuda":
         versions["cuda"] = str(torch.version.cuda)
-        reserved, allocated = torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)
+        numbers = range(torch.cuda.device_count())
+        reserved, allocated = max(map(torch.cuda.max_memory_reserved, numbers)), max(map(torch.cuda.max_memory_allocated, numbers))
         peak = {"memory_gib": reserved / GIB, "allocated_gib": allocated / GIB}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {**peak, "device": name, "versions": versions}

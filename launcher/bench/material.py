@@ -26,14 +26,14 @@ def main(arguments: list[str]) -> None:
 
 
 def make(request: dict[str, Any]) -> dict[str, Any]:
-    """``model``: None where a folder with weights is there. ``data``: sequence length → steps and samples of a step."""
+    """``model``: its folder; made where ``config`` is not None. ``data``: folder → what is wished of its samples."""
     if request["config"] is not None and not (Path(request["model"]) / "config.json").exists():
         make_model(request["config"], Path(request["model"]))
     found = {}
     for folder, wish in request["data"].items():
         facts = Path(folder) / "facts.json"
         if not facts.exists():
-            write_json(facts, make_data(wish, request["vocabulary"], Path(folder)))
+            write_json(facts, make_data(wish, Path(folder)))
         found[folder] = json.loads(facts.read_text(encoding="utf-8"))
     return {"data": found}
 
@@ -52,7 +52,7 @@ def make_model(config: dict[str, Any], folder: Path) -> None:
     folder.with_name(f"{folder.name}.part").rename(folder)
 
 
-def make_data(wish: dict[str, Any], vocabulary: int, folder: Path) -> dict[str, Any]:
+def make_data(wish: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Samples such that each step of the training's order gets the lengths that ``sample_lengths`` gives it."""
     import numpy as np
 
@@ -63,7 +63,7 @@ def make_data(wish: dict[str, Any], vocabulary: int, folder: Path) -> dict[str, 
     generator = np.random.default_rng(SEED)
 
     def sample(number: int) -> Sample:
-        return Sample(generator.integers(0, vocabulary, number).tolist())
+        return Sample(generator.integers(0, wish["vocabulary"], number).tolist())
 
     def samples() -> Iterator[Sample]:
         if packing == "concatenate":

@@ -76,9 +76,13 @@ def measure(request: dict[str, Any], place: Place) -> dict[str, Any] | None:
                 counted["samples"] += len(indices)
     if not all(loss == loss for loss in losses):
         raise RuntimeError(f"the loss is not a number: {losses}")
+    here = machine(ranks.device)
+    for name in ("memory_gib", "allocated_gib"):
+        if here[name] is not None:
+            here[name] = max(ranks.sum([here[name] if rank == ranks.rank else 0.0 for rank in range(ranks.world_size)]))
     if not ranks.is_first:
         return None
-    return {"step_s": step_s, "cpu_s": cpu_s, "losses": losses, **counted, **machine(ranks.device), **parameters(engine.model)}
+    return {"step_s": step_s, "cpu_s": cpu_s, "losses": losses, **counted, **here, **parameters(engine.model)}
 
 
 def _only(backend: str) -> Any:

@@ -19,7 +19,7 @@ from launcher.train.place import find_place, prepare_environment
 MEMTUNE_MICRO_BATCH = 8
 """Of its scripts for 3B and 7B; accumulation makes the effective batch of it."""
 
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_fused": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 
 
 def main(arguments: list[str]) -> None:

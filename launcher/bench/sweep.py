@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +17,9 @@ from launcher.hardware.flops import flops_per_token
 from launcher.plan import Plan
 from launcher.preset.model import ModelFacts
 
+RIVALS = ("trainer", "memtune")
+"""As ``rival`` knows them."""
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -25,16 +30,16 @@ class Effort:
 
 
 def measure_all(
-    candidates: Iterable[Candidate], shop: Workshop, facts: ModelFacts | None, effort: Effort, say: Callable[[str], None]
+    candidates: Iterable[Candidate], shop: Workshop, facts: ModelFacts | None, effort: Effort, setting: str, say: Callable[[str], None]
 ) -> list[Row]:
-    """A row for each; those that ``rows.jsonl`` holds already are not measured again, so a bench that was stopped goes on."""
+    """A row for each. What ``rows.jsonl`` holds of the same ``setting`` is not measured again, so a bench that was stopped goes on."""
     file = shop.folder / "rows.jsonl"
-    known = {row.cell: row for row in read_rows(file)}
+    known = {row.cell: row for row in read_rows(file) if row.setting == setting and row.outcome in ("measured", "out of memory")}
     rows = []
     for candidate in candidates:
         row = known.get(candidate.cell)
-        if row is None or row.outcome == "skipped":
-            row = measure_one(candidate, shop, facts, effort)
+        if row is None:
+            row = replace(measure_one(candidate, shop, facts, effort), setting=setting)
             append_row(file, row)
         seen = f"{row.step_s:.3g} s a step" if row.step_s is not None else row.reason
         say(f"{candidate.cell.name}: {row.outcome}, {seen}")
@@ -113,6 +118,18 @@ class Contest:
     interleaved: bool = False
     device: str = ""
     versions: Mapping[str, str] | None = None
+
+
+def contend_all(candidates: Iterable[Candidate], shop: Workshop, effort: Effort, say: Callable[[str], None]) -> list[Contest]:
+    """Contests of each candidate; one that is refused is a contest that says why."""
+    contests = []
+    for candidate in candidates:
+        cell, plan = candidate.cell, candidate.plan
+        if candidate.refusal or plan is None:
+            contests += [Contest(rival, cell, "skipped", candidate.refusal) for rival in RIVALS]
+        else:
+            contests += contend(cell, plan, RIVALS, shop, effort, say)
+    return contests
 
 
 def contend(cell: Cell, plan: Plan, rivals: Iterable[str], shop: Workshop, effort: Effort, say: Callable[[str], None]) -> list[Contest]:
@@ -196,5 +213,10 @@ def _with_plan(row: Row, plan: Plan | None) -> Row:
     )
 
 
-def material_folder(folder: Path, sequence_length: int, packing: str) -> Path:
-    return folder / "data" / f"{packing}-{sequence_length}"
+def material_folder(folder: Path, wish: Mapping[str, Any]) -> Path:
+    """Of the samples that ``material`` makes of the wish."""
+    return folder / "data" / f"{wish['packing']}-{wish['sequence_length']}-{digest(wish)}"
+
+
+def digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

@@ -9,11 +9,13 @@ import typer
 
 from launcher.cli import options
 from launcher.cli.show import out, say, show_json, show_rows
-from launcher.errors import ActionError, GateError, UsageError
+from launcher.errors import ActionError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from launcher.bench.cell import Cell, Row
-    from launcher.bench.grid import Axes
+    from launcher.bench.grid import Axes, Candidate
     from launcher.bench.sweep import Contest, Effort
     from launcher.bench.tables import Setting
     from launcher.cli.line import Line
@@ -85,12 +87,13 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
     import os
     import shlex
     import sys
+    from dataclasses import asdict
     from datetime import datetime, timezone
 
     from launcher.bench import grid, tables
     from launcher.bench.lengths import code_lengths, cut_counts
     from launcher.bench.model import config_for, folder_name
-    from launcher.bench.sweep import contend, material_folder, measure_all
+    from launcher.bench.sweep import contend_all, digest, material_folder, measure_all
     from launcher.bench.work import Workshop, require_material
     from launcher.cli.line import container_of
     from launcher.cli.replan import replanner
@@ -106,11 +109,16 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
     config = None if preset.model.path is not None else config_for(preset, facts)
     model = Path(preset.model.path) if config is None else line.folders.data.absolute() / "bench" / folder_name(config)  # type: ignore[arg-type]
 
+    steps, per_step = effort.warm_up + effort.steps, preset.training.effective_batch
+    wish = {"steps": steps, "samples_per_step": per_step, "packing": packing, "seed": preset.training.seed, "vocabulary": facts.vocab}
+
+    def wish_of(length: int) -> dict[str, Any]:
+        return {**wish, "sequence_length": length}
+
     def replan(cell: Cell) -> grid.Replan:
         counts = cut_counts(lengths, cell.sequence_length) if packing != "concatenate" else []
-        number = (effort.warm_up + effort.steps) * preset.training.effective_batch
-        data = str(material_folder(folder, cell.sequence_length, packing))
-        staged = Staged(str(model), data, number, 0, 0, "", length_bin_tokens=lengths.bin_tokens, length_counts=counts)
+        data = str(material_folder(folder, wish_of(cell.sequence_length)))
+        staged = Staged(str(model), data, steps * per_step, 0, 0, "", length_bin_tokens=lengths.bin_tokens, length_counts=counts)
         return replanner(line, container, staged, UNOBSERVED)
 
     candidates = list(grid.candidates(axes, preset, replan))
@@ -118,6 +126,8 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
     base = next((candidate.plan for candidate in [*usable, *candidates] if candidate.plan is not None), None)
     if base is None:
         raise UsageError(f"no cell makes sense: {candidates[0].refusal}", code="no-cell")
+    if against is not None:
+        _require_rivals_can(usable)
     folder.mkdir(parents=True, exist_ok=True)
     shop = Workshop(folder, container, sys.executable, os.environ, (model if config is None else model.parent,))
     started = datetime.now(timezone.utc)
@@ -127,22 +137,14 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
     if usable:
         model.parent.mkdir(parents=True, exist_ok=True)
         say(f"{len(candidates)} configurations, {len(usable)} to measure, into {folder}")
-        wish = {"steps": effort.warm_up + effort.steps, "samples_per_step": preset.training.effective_batch, "packing": packing}
-        data = {
-            str(material_folder(folder, length, packing)): {**wish, "sequence_length": length, "seed": preset.training.seed}
-            for length in dict.fromkeys(candidate.cell.sequence_length for candidate in usable)
-        }
-        request = {"config": config, "model": str(model), "vocabulary": facts.vocab, "data": data}
+        wishes = [wish_of(length) for length in dict.fromkeys(candidate.cell.sequence_length for candidate in usable)]
+        request = {"config": config, "model": str(model), "data": {str(material_folder(folder, one)): one for one in wishes}}
         require_material(shop.run("material", "material", request, gpus=preset.gpus), folder / "cells" / "material" / "rank-0.log")
     if against is None:
-        rows = measure_all(candidates, shop, facts, effort, say)
+        common = {"preset": grid.unvaried(base.preset), "hardware": base.hardware, "stack": base.stack, "effort": asdict(effort)}
+        rows = measure_all(candidates, shop, facts, effort, digest(common), say)
     else:
-        for candidate in candidates:
-            if candidate.refusal or candidate.plan is None:
-                raise GateError(candidate.refusal, code="cell", hint="another --micro-batch, --attention or --sequence-length")
-            if candidate.plan.world_size > 1:
-                raise GateError("the rivals are one process", code="world-size", key="gpus", hint="--gpus 1, or --set ranks_per_node=1")
-            contests += contend(candidate.cell, candidate.plan, ("trainer", "memtune"), shop, effort, say)
+        contests = contend_all(candidates, shop, effort, say)
     setting = tables.Setting(
         title=f"{preset.name}: {'against a plain Trainer' if against else 'measured'}",
         command=shlex.join(["ftlaunch", *_without_place(sys.argv[1:])]),
@@ -161,6 +163,24 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
     return setting, rows, contests
 
 
+def _require_rivals_can(candidates: Iterable[Candidate]) -> None:
+    """A contest is between trainings that do the same. Errors: UsageError."""
+    for plan in (candidate.plan for candidate in candidates if candidate.plan is not None):
+        training = plan.preset["training"]
+        for key, wrong, hint in (
+            ("gpus", plan.world_size > 1 and f"{plan.world_size} ranks", "--gpus 1, or --set ranks_per_node=1"),
+            ("adapter", plan.preset["adapter"] != "none" and "an adapter", "--adapter none"),
+            ("training.dtype", training["dtype"] == "bf16_pure" and "bf16_pure", "--set training.dtype=bf16"),
+            (
+                "training.activation_checkpointing",
+                training["activation_checkpointing"] == "selective" and "selective checkpointing",
+                "--checkpointing none, or full",
+            ),
+        ):
+            if wrong:
+                raise UsageError(f"the rivals train without {wrong}", code="rivals-cannot", key=key, hint=hint)
+
+
 def _axes(
     line: Line,
     attention: str | None,
@@ -173,9 +193,11 @@ def _axes(
 ) -> Axes:
     """What is swept; ``alone``: the preset as it is, where nothing else was typed."""
     from dataclasses import replace
+    from typing import get_args
 
     from launcher.bench.cell import BACKENDS
     from launcher.bench.grid import Axes, default_axes
+    from launcher.preset.schema import Attention, Lora, Training
 
     preset = line.preset.value
     kinds = None if line.stack is None else line.stack.value.attention
@@ -188,13 +210,16 @@ def _axes(
     numbers = {"micro_batch": micro_batch, "sequence_length": sequence_length}
     typed: dict[str, Any] = {name: _words(text, f"--{name}") for name, text in words.items() if text is not None}
     typed |= {name: _numbers(text, "--" + name.replace("_", "-")) for name, text in numbers.items() if text is not None}
-    axes = replace(axes, **typed)
-    for kind in axes.attention:
-        name, _, backend = kind.partition(":")
-        if backend and (name != "sdpa" or backend not in BACKENDS):
-            known = ", ".join(f"sdpa:{name}" for name in BACKENDS)
-            raise UsageError(f"{kind!r} is no backend of torch's attention", key="--attention", hint=known)
-    return axes
+    kinds_of = {
+        "attention": [kind for kind in get_args(Attention) if kind != "auto"] + [f"sdpa:{name}" for name in BACKENDS],
+        "checkpointing": get_args(Training.model_fields["activation_checkpointing"].annotation),
+        "adapter": ["none", *get_args(Lora.model_fields["kind"].annotation)],
+    }
+    for name, known in kinds_of.items():
+        for word in typed.get(name, ()):
+            if word not in known:
+                raise UsageError(f"{word!r} is not one of {', '.join(known)}", key=f"--{name}")
+    return replace(axes, **typed)
 
 
 def _words(text: str, option: str) -> tuple[str, ...]:
@@ -298,21 +323,23 @@ def _fastest(line: Line, rows: list[Row]) -> list[tuple[Row, str]]:
     kinds = dict.fromkeys((row.cell.sequence_length, row.cell.adapter) for row in rows)
     found = []
     for kind in sorted(kinds, key=lambda kind: (kind != own, kind)):
-        best = fastest(row for row in rows if (row.cell.sequence_length, row.cell.adapter) == kind)
+        # a backend of sdpa cannot be submitted: training lets torch choose
+        best = fastest(row for row in rows if (row.cell.sequence_length, row.cell.adapter) == kind and not row.cell.kernel[1])
         if best is not None:
             found.append((best, submit_line(line, best.cell)))
     return found
 
 
 def submit_line(line: Line, cell: Cell) -> str:
-    """What submits the preset as the cell is."""
+    """What submits the preset as the cell is, where and with what was typed for the bench."""
     import shlex
 
     from launcher.bench.grid import change_for
+    from launcher.cli.replan import typed
     from launcher.remedies import written
 
     values = line.preset.value.model_dump(mode="json")
-    words = [word for setting in line.wish.settings for word in ("--set", setting)]
+    words = [*([] if line.wish.site is None else ["--site", line.wish.site]), *typed(line.wish)]
     for key, value in change_for(cell, line.preset.value).items():
         before: object = values
         for name in key.split("."):

@@ -92,7 +92,7 @@ def unremedied(line: Line, observed: Observed) -> tuple[Plan, list[Finding]]:
 def own_way(line: Line, plan: Plan, findings: Sequence[Finding], observed: Observed) -> Way | None:
     """The change of the preset itself that passes, empty where nothing refuses it; other partitions of the site are tried last."""
     found = _passing(line, observed, plan, findings)
-    return None if found is None else Way(line.wish.preset, plan, *found, _typed(line.wish))
+    return None if found is None else Way(line.wish.preset, plan, *found, typed(line.wish))
 
 
 def variant_way(line: Line, plan: Plan, observed: Observed) -> Way | None:
@@ -102,21 +102,21 @@ def variant_way(line: Line, plan: Plan, observed: Observed) -> Way | None:
         variant, findings = unremedied(other, observed)
         found = _passing(other, observed, variant, findings) if same_training(plan, variant) else None
         if found is not None:
-            ways.append(Way(other.preset.value.name, variant, *found, _typed(other.wish)))
+            ways.append(Way(other.preset.value.name, variant, *found, typed(other.wish)))
     return min(ways, key=lambda way: len(way.not_executed), default=None)
 
 
 def variant_lines(line: Line) -> Iterator[Line]:
     """The presets whose names begin with this one's, on the same site, with the account, the partition and the like that were typed."""
-    typed = {key: value for key, value in (line.wish.options or {}).items() if key in SLURM_KEYS and key != "time"}
+    chosen = {key: value for key, value in (line.wish.options or {}).items() if key in SLURM_KEYS and key != "time"}
     for name in (other.name for other in known_presets() if other.name.startswith(f"{line.preset.value.name}-")):
         try:
-            yield read(Wish(name, line.wish.site, options=typed))
+            yield read(Wish(name, line.wish.site, options=chosen))
         except FtlaunchError:
             continue
 
 
-def _typed(wish: Wish) -> tuple[str, ...]:
+def typed(wish: Wish) -> tuple[str, ...]:
     """The command's options that choose the plan, but for the site's."""
     options = [word for key, value in (wish.options or {}).items() if value is not None for word in (f"--{key}", str(value))]
     return (*(word for setting in wish.settings for word in ("--set", setting)), *options)

@@ -6,6 +6,7 @@ Knows no files and no tokens. Runs in the staging process (Python 3.9; standard 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ MASKED = ("prompt_completion", "chat")
 
 ROLES = ("system", "user", "assistant", "tool")
 ASSISTANT = "assistant"
+
+_HALF_A_CHARACTER = re.compile("[\ud800-\udfff]")
+"""JSON can name surrogates one by one; as UTF-8 they cannot be kept."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,12 @@ def document_of(format: str, values: Mapping[str, Any], columns: Mapping[str, st
 
     ``values``: of the row, by the names here. ``columns``: the names in the data, for messages.
     """
-    return _KINDS[format](values, columns, place)
+    document = _KINDS[format](values, columns, place)
+    half = None if document is None else _HALF_A_CHARACTER.search(document)
+    if half is not None:
+        code_point = f"U+{ord(half[0]):04X}"
+        raise place.error(f"a text with {code_point}, half of a character", COLUMNS[format][0], "text that can be written as UTF-8")
+    return document
 
 
 def plain_text(format: str, document: str) -> str:

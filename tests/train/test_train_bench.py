@@ -93,8 +93,8 @@ def test_what_went_wrong_is_told(error: BaseException, outcome: str, tmp_path: P
 
 @pytest.mark.parametrize("packing", ["none", "flatten", "documents", "concatenate"])
 def test_material_gives_every_step_its_lengths(packing: str, tmp_path: Path) -> None:
-    wish = {"sequence_length": 128, "steps": 3, "samples_per_step": 4, "packing": packing, "seed": 5}
-    facts = make_data(wish, 300, tmp_path / "data")
+    wish = {"sequence_length": 128, "steps": 3, "samples_per_step": 4, "packing": packing, "seed": 5, "vocabulary": 300}
+    facts = make_data(wish, tmp_path / "data")
     samples, order = Samples(tmp_path / "data" / "train"), Order(5, 12, 1, 4)
     assert len(samples) == facts["train_samples"] == 12 and facts["train_targets"] == samples.num_targets.sum()
     seen = [[len(samples.tokens_and_targets(index)[0]) for index in order.samples(step)] for step in (1, 2, 3)]
