@@ -5,13 +5,19 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint golden planner-report sites-report bench-cpu bench-gpu measure-memory hpc-up hpc-down test-source-stack test-matrix test-image-cuda clean
+.PHONY: demo test test-slurm test-computing lint golden planner-report sites-report bench-cpu bench-gpu measure-memory hpc-up hpc-down test-source-stack test-matrix test-image-cuda clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/ftlaunch submit presets/tiny.yaml --new --follow
 
-test: lint
-	$(VENV)/bin/python -m pytest
+test: lint  # two halves beside each other: one computes, the other mostly waits for Slurm and is printed when it is over
+	$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=target test-computing test-slurm
+
+test-slurm: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m slurm
+
+test-computing: $(INSTALLED)
+	+nice $(VENV)/bin/python -m pytest -m "not slurm"
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -146,6 +146,7 @@ def _write(
         "adapter": adapter,
         "merge": wanted.merge,
         "dtype": wanted.dtype,
+        "trained_dtype": "bf16" if plan.preset["training"]["dtype"] == "bf16_pure" else "fp32",
     }
     where = Where(container, process.python, process.environ, stage, process.say)
     log = run.root / "export.log"

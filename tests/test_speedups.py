@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from launcher.hardware.host import predict_host
+from launcher.hardware.host import page_locked_share, predict_host
 from launcher.hardware.memory import largest_micro_batch, predict_memory
 from launcher.hardware.step import step_parts
 from launcher.plan import Batch, Container, Layout, sizes
-from launcher.preset.model import ModelFacts
+from launcher.preset.model import ModelFacts, layer_matrices, outer_matrices
 from launcher.preset.reading import read_hardware, read_model_facts
 from launcher.preset.schema import Preset
 from tests.plans import GPU, STAGED, hardware, plan_of, preset, stack
@@ -190,7 +190,8 @@ def test_an_asynchronous_checkpoint_takes_ram_and_hardly_time() -> None:
     assert beside.time.checkpoint_stop_s == waiting.time.checkpoint_stop_s, "a stop waits for all of it"
     state_gib = 12 * facts.parameters / 2**30
     assert waiting.memory and beside.memory
-    assert beside.memory.host_per_node_gib - waiting.memory.host_per_node_gib == pytest.approx(state_gib, rel=0.01)
+    taken_gib = state_gib * page_locked_share(facts, 1)
+    assert beside.memory.host_per_node_gib - waiting.memory.host_per_node_gib == pytest.approx(taken_gib, rel=0.01)
     assert waiting.identity == beside.identity, "it may be switched on for the next life"
 
 
@@ -199,4 +200,12 @@ def test_the_copy_of_shards_is_shared_out() -> None:
     layout = Layout(2, 4, 4, 64, 500, 8)
     whole = predict_host(wish.model_copy(update={"gpus": 4, "nodes": 2}), facts, layout).snapshot
     sharded = predict_host(wish.model_copy(update={"gpus": 4, "nodes": 2, "parallelism": "fsdp"}), facts, layout).snapshot
-    assert sharded == pytest.approx(whole / 2), "of two nodes each copies half"
+    shares = page_locked_share(facts, 8) / page_locked_share(facts, 1)
+    assert sharded == pytest.approx(whole / 2 * shares), "of two nodes each copies half"
+
+
+def test_page_locked_copies_are_rounded_up_to_powers_of_two() -> None:
+    _, facts = three_b()
+    sizes = [4 * matrix.rows * matrix.columns for matrix in [*layer_matrices(facts) * facts.layers, *outer_matrices(facts)]]
+    rounded = [next(2**power for power in range(64) if 2**power >= size) for size in sizes]
+    assert page_locked_share(facts, 1) == pytest.approx(sum(rounded) / sum(sizes))

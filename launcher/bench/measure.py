@@ -51,7 +51,7 @@ def measure(request: dict[str, Any], place: Place) -> dict[str, Any] | None:
     cpu_s: list[float] = []
     counted = {"tokens": 0, "useful_tokens": 0, "samples": 0}
     losses: list[float] = []
-    with _only(request["backend"]) if request["backend"] else nullcontext():
+    with only_backend(request["backend"]) if request["backend"] else nullcontext():
         for step in range(1, request["warm_up"] + request["steps"] + 1):
             turns.wait()
             started_s, started_cpu_s = clock(ranks.device), time.process_time()
@@ -85,7 +85,7 @@ def measure(request: dict[str, Any], place: Place) -> dict[str, Any] | None:
     return {"step_s": step_s, "cpu_s": cpu_s, "losses": losses, **counted, **here, **parameters(engine.model)}
 
 
-def _only(backend: str) -> Any:
+def only_backend(backend: str) -> Any:
     """torch's sdpa with one of its backends alone; it raises where that one cannot."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

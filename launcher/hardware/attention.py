@@ -83,6 +83,8 @@ def attention_problems(kind: str, preset: Preset, hardware: Hardware, stack: Sta
     if kind == "flex" and preset.parallelism == "device_map" and preset.gpus > 1:
         message = "flex attention's mask lies on one GPU, device_map has layers on several"
         yield _error("attention-not-split", message, "attention: xformers or sdpa")
+    if kind == "flex" and preset.offload == "all":
+        yield _error("attention-not-split", "flex attention's mask would lie in RAM, where offloaded weights are", "attention: sdpa")
     if stack is not None and kind == "xformers":
         torch, xformers = stack.packages["torch"], stack.packages.get("xformers", "")
         fits = known.XFORMERS_TORCH.get(xformers, torch)

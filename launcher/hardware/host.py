@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from launcher.hardware.disk import optimizer_bytes, weight_bytes
 from launcher.plan import Layout
-from launcher.preset.model import ModelFacts, outer_matrices
+from launcher.preset.model import ModelFacts, layer_matrices, outer_matrices
 from launcher.preset.schema import Preset
 
 GIB = 1024**3
@@ -34,7 +34,8 @@ class Host:
     resuming: float
     """The optimizer's state, which every rank reads: whole, or its shard of it."""
     snapshot: float
-    """Asynchronous checkpoints: what rank 0 (sharded: each rank) copies of weights and optimizer state, kept for the next one."""
+    """Asynchronous checkpoints: what rank 0 (sharded: each rank) copies of weights and optimizer state, kept for the next one; of
+    tensors on a GPU page-locked (``page_locked_share``)."""
     ram_disk: float
     """What lies in a folder that is RAM, e.g. an unpacked image in /tmp."""
 
@@ -56,12 +57,23 @@ def predict_host(preset: Preset, facts: ModelFacts, layout: Layout, *, computed_
     snapshot = (weights + state) * (share if sharded else 1.0) if preset.checkpoint.asynchronous else 0.0
     if not on_gpu:  # tensors are in RAM already and are written from where they lie
         return Host(ranks * RANK_GIB, 0.0, ranks * computed_gib, 0.0, ranks * state, snapshot, ram_disk_gib)
+    snapshot *= page_locked_share(facts, layout.world_size if sharded else 1)
     saving = weights * share if sharded else weights
     resuming = state * share if sharded else ranks * state
     whole_gib = facts.parameters * 4 / GIB
     # FSDP2's ranks of a node load one after the other, ZeRO 3's at once; then a shard stays on the GPU
     loading = {"fsdp": whole_gib, "zero3": ranks * whole_gib}.get(preset.parallelism, ranks * largest)
     return Host(ranks * RANK_GPU_GIB, loading, offloaded, saving, resuming, snapshot, ram_disk_gib)
+
+
+def page_locked_share(facts: ModelFacts, shards: int) -> float:
+    """RAM that torch takes for page-locked copies of all matrices ÷ their bytes: it rounds each up to a power of two.
+
+    Between 1 and 2. Source: torch's ``CachingHostAllocator``, whose blocks are ``llvm::PowerOf2Ceil`` of what is asked for.
+    """
+    sizes = [matrix.rows * matrix.columns * 4 // shards for matrix in layer_matrices(facts)] * facts.layers
+    sizes += [matrix.rows * matrix.columns * 4 // shards for matrix in outer_matrices(facts)]
+    return sum(1 << (size - 1).bit_length() for size in sizes) / sum(sizes)
 
 
 def careless_loading_gib(facts: ModelFacts, ranks_per_node: int = 1) -> float:

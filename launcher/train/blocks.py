@@ -7,21 +7,23 @@ B batch, H heads, S sequence, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 
-@dataclass(frozen=True)
 class Blocks:
-    """Stretches of the batch's B × S positions, one after the other. None goes over the end of a row; pads are blocks too."""
+    """Stretches of the batch's B × S positions, one after the other. None goes over the end of a row; pads are blocks too.
 
-    lengths: Sequence[int]
-    window: int | None
-    """Positions that a query sees at most, itself among them; None: all before it."""
-    made: dict[torch.device, Any] = field(default_factory=dict, compare=False)
-    """What a library makes of the blocks, once for all layers on a device."""
+    No dataclass: FSDP2 would give each layer a copy of one, and ``made`` is for all.
+    """
+
+    def __init__(self, lengths: Sequence[int], window: int | None) -> None:
+        self.lengths = lengths
+        self.window = window
+        """Positions that a query sees at most, itself among them; None: all before it."""
+        self.made: dict[torch.device, Any] = {}
+        """What a library makes of the blocks, once for all layers on a device."""
 
     def of_rows(self, rows: int, length: int) -> Iterator[list[int]]:
         """The lengths of each row's blocks."""

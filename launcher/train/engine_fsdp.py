@@ -24,6 +24,7 @@ from launcher.train.batches import MicroBatch
 from launcher.train.borders import form_for
 from launcher.train.cross_entropy import CrossEntropy
 from launcher.train.engine import Engine
+from launcher.train.layers import decoder_layers
 from launcher.train.model import load_model
 from launcher.train.optimizer import build_optimizer, parameter_groups
 from launcher.train.pieces import Piece, whole_piece
@@ -106,17 +107,6 @@ def build_fsdp(plan: Plan, folder: str, ranks: Ranks) -> FsdpEngine:
     require_sharded(plan, model, layers, mesh)
     form = form_for(model.config.model_type, plan.attention, by_blocks=by_blocks(plan))
     return FsdpEngine(model, model, optimizer, form, CrossEntropy(model, training["cross_entropy"]), ranks.rank, ranks.world_size)
-
-
-def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    """The modules that are gathered and computed as one. Errors: UsageError for a model that names none."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    whole = set(base._no_split_modules or [])
-    layers = [module for module in base.modules() if type(module).__name__ in whole]
-    if not layers:
-        message = f"{type(base).__name__} does not say what its layers are"
-        raise UsageError(message, code="engine", key="parallelism", hint="parallelism: ddp")
-    return layers
 
 
 def first_row(rows: int, world_size: int, rank: int) -> int:

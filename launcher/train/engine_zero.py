@@ -2,7 +2,8 @@
 
 DeepSpeed is called directly, with the configuration that was rendered from ``templates/deepspeed``. It averages gradients over ranks and
 would divide losses by its accumulation: the first is undone by a factor, the second is not asked for. Its partitions are stretches of
-flattened parameters, which is how they are saved; none of its own checkpoints are used. On GPUs this was not run.
+flattened parameters, which is how they are saved; none of its own checkpoints are used. With bf16 it adds up
+gradients of micro steps in bf16, where the other engines do so in fp32. On GPUs this was not run.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from launcher.train.model import load_model
 from launcher.train.optimizer import build_optimizer
 from launcher.train.pieces import Piece
 from launcher.train.ranks import Ranks
+
+_COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -158,18 +161,19 @@ def build_zero(plan: Plan, folder: str, ranks: Ranks, config_file: Path) -> Zero
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", dist_init_required=False, verbose=False)
     model = load_model(plan, folder, replace(ranks, device=torch.device("cpu")) if stage == 3 else ranks)
+    optimizer = build_optimizer(model, training)
     if stage == 3:  # a parameter at a time goes to the GPU, and a partition of it stays
-        compute = {"fp32": torch.float32, "bf16": torch.bfloat16}[training["dtype"]]
+        compute = _COMPUTE[training["dtype"]]
+        for parameter in model.parameters():  # Init casts what is made within it only, and initialize leaves Init's work alone
+            parameter.data = parameter.data.to(compute)
         deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=compute)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(ranks.device)
-    wrapped, optimizer, _, _ = deepspeed.initialize(
-        model=model, optimizer=build_optimizer(model, training), config=config, dist_init_required=False
-    )
-    _require_as_planned(plan, wrapped, optimizer, stage)
+    wrapped, zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    _require_as_planned(plan, wrapped, zero, stage)
     form = form_for(model.config.model_type, plan.attention, by_blocks=by_blocks(plan))
     loss = CrossEntropy(model, training["cross_entropy"])
-    return ZeroEngine(model, wrapped, optimizer, form, loss, ranks.rank, ranks.world_size, stage)
+    return ZeroEngine(model, wrapped, zero, form, loss, ranks.rank, ranks.world_size, stage)
 
 
 def _piece(fragment: _Fragment, flat: torch.Tensor) -> Piece:
@@ -177,7 +181,7 @@ def _piece(fragment: _Fragment, flat: torch.Tensor) -> Piece:
 
 
 def _require_as_planned(plan: Plan, engine: Any, optimizer: Any, stage: int) -> None:
-    """Class, stage, batch, and that this rank holds its share of the state and no more. Errors: UsageError."""
+    """Class, stage, dtype, batch, and that this rank holds its share of the state and no more. Errors: UsageError."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -188,6 +192,8 @@ def _require_as_planned(plan: Plan, engine: Any, optimizer: Any, stage: int) -> 
         found = f"{engine.world_size} ranks, the plan has {plan.world_size}"
     elif type(optimizer) is not expected or engine.zero_optimization_stage() != stage:
         found = f"{type(optimizer).__name__} of stage {engine.zero_optimization_stage()} for zero{stage}"
+    elif optimizer.dtype != _COMPUTE[plan.preset["training"]["dtype"]]:
+        found = f"{optimizer.dtype} weights for {plan.preset['training']['dtype']}"
     elif (engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()) != batch:
         found = f"another micro batch and accumulation than the plan's {batch}"
     elif stage == 2 and not optimizer.partition_gradients:

@@ -12,20 +12,23 @@ from launcher.serve import Say, serve
 
 
 def export(request: dict[str, Any], say: Say) -> dict[str, Any]:
-    """``source``: a final model's folder or a checkpoint's; ``base``: the staged model; ``folder``: what is written.
+    """``source``: a final model's folder or a checkpoint's; ``base``: the staged model; ``folder``: what is written;
+    ``trained_dtype``: of a checkpoint's weights.
 
     Errors: MissingError when this interpreter lacks a package, RunFailed when the files do not go together.
     """
     adapter, merging = request["adapter"], request["merge"]
-    _require(["torch", "safetensors", "transformers", "peft", *(["bitsandbytes"] if merging and adapter["kind"] == "qlora" else [])])
+    further = [] if adapter is None else ["peft"] if not merging else ["bitsandbytes"] if adapter["kind"] == "qlora" else []
+    _require(["torch", "safetensors", "transformers", *further])
     from launcher.train import assemble
 
     source, base, folder, dtype = Path(request["source"]), Path(request["base"]), Path(request["folder"]), request["dtype"]
+    trained_dtype = request["trained_dtype"] if request["is_checkpoint"] else None
     if adapter is None:
         say(f"writing the weights of {source} in {dtype or 'the dtype that they have'}")
         config = base if request["is_checkpoint"] else source
         with assemble.open_model(source) as files:
-            assemble.write_model(folder, assemble.each(files, dtype), config, dtype or ("fp32" if request["is_checkpoint"] else None))
+            assemble.write_model(folder, assemble.each(files, dtype), config, dtype or trained_dtype)
         return {}
     if not merging:
         say(f"writing the adapter of {source}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
+
+from launcher.errors import UsageError
+from launcher.train.attention import attention_dropout
 
 RECOMPILE_LIMIT = 64
 """Shapes of a run: rows of a micro batch (two sizes, and two in the last step), dummies, evaluation; with and without gradients."""
@@ -38,9 +40,7 @@ def compile_layers(model: Any, packing: str) -> None:
 
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    layers = decoder_layers(model)
-    assert layers, "every transformers model names its layers"
-    for layer in layers:
+    for layer in decoder_layers(model):
         layer.compile(dynamic=packing == "flatten", fullgraph=True)
 
 
@@ -55,15 +55,21 @@ def require_compiled() -> int:
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
-    names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    """The modules that are gathered, compiled and recomputed as one. Errors: UsageError for a model that names none."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole = set(base._no_split_modules or [])
+    layers = [module for module in base.modules() if type(module).__name__ in whole]
+    if not layers:
+        message = f"{type(base).__name__} does not say what its layers are"
+        raise UsageError(message, code="engine", key="parallelism", hint="parallelism: ddp, and compile: none")
+    return layers
 
 
 def _kept_operations(config: Any) -> list[Any]:
     """Attention that draws random numbers is computed again: left out, it would shift those of the dropout after it."""
     aten = torch.ops.aten
     kept: list[Any] = [aten.mm.default, aten.addmm.default]
-    if _attention_dropout(config.to_dict()) == 0:
+    if attention_dropout(config) == 0:
         kept += [
             aten._scaled_dot_product_flash_attention.default,
             aten._scaled_dot_product_efficient_attention.default,
@@ -71,7 +77,3 @@ def _kept_operations(config: Any) -> list[Any]:
             aten._scaled_dot_product_flash_attention_for_cpu.default,
         ]
     return kept
-
-
-def _attention_dropout(config: Mapping[str, Any]) -> float:
-    return float(config.get("attention_dropout") or config.get("attn_pdrop") or 0.0)

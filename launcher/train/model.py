@@ -23,7 +23,7 @@ LOG = logging.getLogger("launcher.train")
 def load_model(plan: Plan, folder: str, ranks: Ranks) -> Any:
     """A transformers model, or a peft model around one. Weights are fp32 whatever the training computes in: that is the master copy.
 
-    Only ``bf16_pure`` has none, and its weights in bf16.
+    Only ``bf16_pure`` has none, and its weights in bf16. DeepSpeed makes its master copy of weights that it has rounded to bf16 first.
     """
     training, adapter = plan.preset["training"], plan.preset["adapter"]
     transformers.utils.logging.disable_progress_bar()  # logs are files

@@ -60,13 +60,15 @@ class Tracking:
 
     def _work(self) -> None:
         trackers: dict[str, Any] | None = None
+        newest = 0
         while (record := self._records.get()) is not None:
             kind, step, values = record
             if trackers is None:
                 trackers = self._open(step if kind == "train" else step + 1)
+            newest = max(newest, step)
             for name in list(trackers):
-                try:
-                    trackers[name].log(values, step=step)
+                try:  # W&B drops what comes later than the next step, as the record of a checkpoint does that was written beside training
+                    trackers[name].log(values, step=newest if name == "wandb" else step)
                 except Exception as error:
                     _give_up(name, error)
                     del trackers[name]

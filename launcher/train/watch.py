@@ -97,16 +97,6 @@ def watching(model: torch.nn.Module) -> Iterator[tuple[Counter[str], set[str]]]:
 
 
 @contextmanager
-def only_backend(name: str) -> Iterator[None]:
-    """Let torch's sdpa use one backend alone (flash, efficient, cudnn, math), for measuring; it fails where it cannot."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    backends = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
-    with sdpa_kernel(getattr(SDPBackend, backends[name])):
-        yield
-
-
-@contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)

@@ -7,7 +7,6 @@ loop makes of every step anyway, since a thread that talked to other ranks could
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -66,9 +65,10 @@ class Writer:
         flight = self._flight
         if flight is None:
             return False, False, False
-        futures: Sequence[Future[None] | Future[Manifest]] = [flight.written, *([flight.manifest] if flight.manifest is not None else [])]
-        failed = any(future.done() and future.exception() is not None for future in futures)
-        return flight.written.done(), failed, flight.manifest is not None and flight.manifest.done()
+        written, committed = flight.written.done(), flight.manifest is not None and flight.manifest.done()
+        # asked after done: what ends between the two questions has not written yet, rather than written without a failure
+        futures = [*([flight.written] if written else []), *([flight.manifest] if committed else [])]
+        return written, any(future is not None and future.exception() is not None for future in futures), committed
 
     def heed(self, written: float, failed: float, committed: float) -> Committed | None:
         """What the ranks' progress means; the same on all. Returns a checkpoint once it is committed. Errors: as ``finish``."""
@@ -105,8 +105,8 @@ class Writer:
 
     def _copy(self, live: Contents) -> Contents:
         files = {name: {key: self._held(name, key, piece) for key, piece in pieces.items()} for name, pieces in live.files.items()}
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        for device in {piece.tensor.device for pieces in live.files.values() for piece in pieces.values() if piece.tensor.is_cuda}:
+            torch.cuda.synchronize(device)
         return replace(live, files=files)
 
     def _held(self, name: str, key: str, piece: Piece) -> Piece:

@@ -13,6 +13,7 @@ import pytest
 from training_runs import SEQUENCE, VOCABULARY, make_data, make_model, make_run, torch, train_here
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from launcher.bench.measure import only_backend
 from launcher.errors import GateError
 from launcher.run import Run
 from launcher.train import attention, xformers_attention
@@ -20,7 +21,7 @@ from launcher.train import model as model_module
 from launcher.train.attention import TRANSFORMERS_4, attention_name, fit_attention
 from launcher.train.batches import NO_TARGET, MicroBatch
 from launcher.train.borders import block_numbers, borders, form_for, require_borders
-from launcher.train.watch import only_backend, require_attention
+from launcher.train.watch import require_attention
 
 pytestmark = pytest.mark.train
 

@@ -115,6 +115,25 @@ def test_adapters_in_bf16_are_saved_whole(tmp_path: Path, server: RankServer, mo
     assert AutoModelForCausalLM.from_pretrained(run.model) is not None
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero2", "zero3"])
+def test_weights_are_computed_with_in_the_planned_dtype(
+    tmp_path: Path, server: RankServer, model: Path, five: Path, alone: Run, engine: str
+) -> None:
+    run = one_step(tmp_path / "run", model, five, engine, 2, training={"dtype": "bf16"})
+    assert server.train(run) == [0, 0]
+    (half,), (whole,) = (metrics.read(each.metrics_file, "train") for each in (run, alone))
+    assert 1e-6 < abs(half["loss"] - whole["loss"]) < 0.05
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2"])
+def test_another_dtype_than_planned_is_refused(tmp_path: Path, server: RankServer, model: Path, five: Path, engine: str) -> None:
+    run = one_step(tmp_path / "run", model, five, engine, 2, training={"dtype": "bf16"})
+    file = run.deepspeed_file()
+    file.write_text(file.read_text().replace('"bf16": {"enabled": true}', '"bf16": {"enabled": false}'))
+    assert server.train(run) == [EXIT_DO_NOT_RETRY] * 2
+    assert "DeepSpeed set up torch.float32 weights for bf16" in read_exit_records(run, 0)[0].reason
+
+
 @pytest.mark.parametrize(("engine", "offload"), [("zero2", "optimizer"), ("zero3", "all"), ("fsdp", "all")])
 def test_offload_changes_no_loss(
     tmp_path: Path, server: RankServer, model: Path, five: Path, alone: Run, engine: str, offload: str
@@ -135,7 +154,8 @@ def test_another_stage_than_planned_is_refused(tmp_path: Path, server: RankServe
 
 
 def test_a_model_that_is_not_sharded_is_refused(tmp_path: Path, model: Path, five: Path) -> None:
-    from launcher.train.engine_fsdp import decoder_layers, require_sharded
+    from launcher.train.engine_fsdp import require_sharded
+    from launcher.train.layers import decoder_layers
 
     whole = AutoModelForCausalLM.from_pretrained(model)
     plan = one_step(tmp_path / "run", model, five, "fsdp", 2).plan()

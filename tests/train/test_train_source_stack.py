@@ -28,8 +28,6 @@ from test_train_ranks import (  # noqa: F401
 )
 from test_train_reference import test_50_step_losses_are_those_of_the_trainer  # noqa: F401
 from test_train_resume import (  # noqa: F401
-    data,
-    model,
     test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit,
     test_the_adapter_loads_on_its_base,
     test_the_final_model_loads_with_its_tokenizer,
