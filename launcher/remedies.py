@@ -174,7 +174,8 @@ def _gpu_memory(plan: Plan, stacks: Sequence[str]) -> Iterator[Change]:
     if plan.layout.gpus_per_node * plan.layout.nodes > 1:
         kinds = ("fsdp",) if training["optimizer"] == "adafactor" else ("zero1", "zero2", "fsdp", "zero3")
         sharded = [name for name in kinds if name != preset["parallelism"]]
-        shard = [{"parallelism": name, "ranks_per_node": None} for name in sharded]
+        scaled: Change = {"training.dtype": "fp32"} if training["dtype"] == "fp16" else {}  # shards have no loss scaling
+        shard = [{"parallelism": name, "ranks_per_node": None, **scaled} for name in sharded]
     full: Change = {"training.activation_checkpointing": "full"}
     for change in shard:
         yield change

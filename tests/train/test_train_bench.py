@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("torch", reason="the training's tests need torch: pip install -e '.[train,dev]'")
+pytest.importorskip("pydantic", reason="the bench is the command's, and the source's stack has no command")
 
 from typer.testing import CliRunner
 
