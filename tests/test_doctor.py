@@ -384,7 +384,9 @@ def test_node_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_node_that_cannot_submit(tmp_path: Path) -> None:
     refusing = tmp_path / "sbatch"
-    refusing.write_text('#!/bin/sh\n[ -z "$SLURM_JOB_ID" ] || exit 0\necho NOTIFICATION: not here\necho sbatch: error: filter failed >&2\nexit 1\n')
+    refusing.write_text(
+        '#!/bin/sh\n[ -z "$SLURM_JOB_ID" ] || exit 0\necho NOTIFICATION: not here\necho sbatch: error: filter failed >&2\nexit 1\n'
+    )
     refusing.chmod(0o755)
     assert submits(str(refusing), "x", {"SLURM_JOB_ID": "1", "PATH": "/usr/bin:/bin"}) == "filter failed; NOTIFICATION: not here"
 

@@ -92,7 +92,8 @@ def test_slurm_site_without_folders_says_the_lines(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         choose_folders(site(data="/data"), environ={}, home=tmp_path, cwd=tmp_path)
     assert str(error.value) == (
-        "runs: site delft says no folder for runs, images (write into ~/.config/ftlaunch/sites/NAME.yaml, below 'extends: delft': "
+        "runs: site delft says no folder for runs, images (write into your file of the site, or into a new "
+        "~/.config/ftlaunch/sites/NAME.yaml below 'extends: delft': "
         "runs: /FOLDER/ON/THE/SHARED/FILE/SYSTEM/runs; images: /FOLDER/ON/THE/SHARED/FILE/SYSTEM/images; "
         "or set $FTLAUNCH_RUNS, $FTLAUNCH_IMAGES)"
     )
@@ -107,9 +108,9 @@ def test_slurm_site_with_folders_in_home_is_refused_with_the_three_lines(tmp_pat
     with pytest.raises(UsageError) as error:
         choose_folders(at, environ={"SCRATCH": "/scratch/me"}, home=home, cwd=tmp_path)
     assert str(error.value) == (
-        f"runs: site delft puts runs, images, data into home {home}, whose quota a model fills (write into "
-        "~/.config/ftlaunch/sites/NAME.yaml, below 'extends: delft': runs: $SCRATCH/ftlaunch/runs; images: $SCRATCH/ftlaunch/images; "
-        "data: $SCRATCH/ftlaunch/data; or set $FTLAUNCH_RUNS, $FTLAUNCH_IMAGES, $FTLAUNCH_DATA)"
+        f"runs: site delft puts runs, images, data into home {home}, whose quota a model fills (write into your file of the site, "
+        "or into a new ~/.config/ftlaunch/sites/NAME.yaml below 'extends: delft': runs: $SCRATCH/ftlaunch/runs; "
+        "images: $SCRATCH/ftlaunch/images; data: $SCRATCH/ftlaunch/data; or set $FTLAUNCH_RUNS, $FTLAUNCH_IMAGES, $FTLAUNCH_DATA)"
     )
     linked = site(runs="~/scratch/runs", images="~/scratch/images", data="~/scratch/data")
     assert choose_folders(linked, environ={}, home=home, cwd=tmp_path).runs == home / "scratch" / "runs"

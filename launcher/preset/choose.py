@@ -133,12 +133,8 @@ def _no_folders(message: str, names: Sequence[str], site: Site, environ: Mapping
     place = "$SCRATCH/ftlaunch" if environ.get("SCRATCH") else "/FOLDER/ON/THE/SHARED/FILE/SYSTEM"
     lines = "; ".join(f"{name}: {place}/{name}" for name in names)
     variables = ", ".join(f"$FTLAUNCH_{name.upper()}" for name in names)
-    return UsageError(
-        message,
-        code="no-folders",
-        key=names[0],
-        hint=f"write into ~/.config/ftlaunch/sites/NAME.yaml, below 'extends: {site.name}': {lines}; or set {variables}",
-    )
+    file = f"your file of the site, or into a new ~/.config/ftlaunch/sites/NAME.yaml below 'extends: {site.name}'"
+    return UsageError(message, code="no-folders", key=names[0], hint=f"write into {file}: {lines}; or set {variables}")
 
 
 def _of_partition(key: str, site: Site, chosen: Mapping[str, Chosen]) -> str | None:
