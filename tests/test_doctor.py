@@ -347,6 +347,7 @@ def test_what_a_poor_node_means() -> None:
         ("error", "node-userns"),
         ("warning", "node-sbatch"),
     ]
+    assert f"{REPORT['node']}: the hub was not asked: no address" in [check.message for check in told]
     disks = [{"written": "$X", "path": None, "why": "is not set"}]
     assert ("error", "node-disk") in [(check.level, check.code) for check in probe_checks({**REPORT, "local_disk": disks}, wants_gpus=0)]
 

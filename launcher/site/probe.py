@@ -173,7 +173,10 @@ def probe_checks(report: Mapping[str, Any], *, wants_gpus: int) -> list[Check]:
     found += _container_checks(node, report)
     for what, name in (("index", "the package index"), ("hub", "the hub")):
         why = report["network"][what]
-        text = f"{name} is reachable" if why is None else f"{name} is not reachable: {why}"
+        if why is not None and why.startswith("not asked"):
+            text = f"{name} was {why}"
+        else:
+            text = f"{name} is reachable" if why is None else f"{name} is not reachable: {why}"
         found.append(Check("ok", f"node-{what}", f"{node}: {text}"))
     names = [f"{one['name']} ({one['kind']})" for one in report["interfaces"]]
     found.append(Check("ok", "node-network", f"{node}: network interfaces {', '.join(names) or 'unknown'}"))
