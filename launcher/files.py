@@ -1,7 +1,8 @@
-"""Writing files so that they are whole or absent. Standard library only."""
+"""Writing files so that they are whole or absent, and digests of what goes into them. Standard library only."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -28,6 +29,11 @@ def write_text(path: Path, text: str, *, mode: int = 0o600) -> None:
 def write_json(path: Path, value: Any, *, mode: int = 0o600) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, sort_keys=False, allow_nan=False) + "\n", mode=mode)
+
+
+def digest(value: Any) -> str:
+    """64 hex digits: SHA-256 of ``value`` as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def append_line(path: Path, text: str, *, mode: int = 0o600) -> None:

@@ -9,11 +9,7 @@ from launcher.cli.site import known_gpus
 from launcher.preset.reading import read_site
 from launcher.preset.site import Site
 from launcher.site.conclude import conclude
-from launcher.site.machine_facts import (
-    Apptainer,
-    Machine,
-    Room,
-)
+from launcher.site.machine_facts import Apptainer, Machine, Room
 from launcher.site.site_file import site_text
 from tests.fake_cluster import cluster_of
 

@@ -217,13 +217,6 @@ def test_rows_of_other_settings_and_failed_ones_are_measured_again(shop: Callabl
     assert (there.folder / "ran").read_text() == "ran\n" * 3
 
 
-def test_what_cells_do_not_vary_is_the_setting() -> None:
-    values = plan().preset
-    other = {**values, "training": {**values["training"], "sequence_length": 7, "micro_batch": 3}, "attention": "eager"}
-    assert grid.unvaried(other) == grid.unvaried(values)
-    assert grid.unvaried({**values, "training": {**values["training"], "dtype": "bf16"}}) != grid.unvaried(values)
-
-
 def test_samples_of_another_wish_lie_elsewhere(tmp_path: Path) -> None:
     wish = {"packing": "flatten", "sequence_length": 64, "steps": 3, "samples_per_step": 8, "seed": 1, "vocabulary": 100}
     folders = {material_folder(tmp_path, one) for one in (wish, {**wish, "steps": 4}, {**wish, "seed": 2}, {**wish, "vocabulary": 9})}
@@ -343,8 +336,6 @@ def test_one_job_measures_every_cell(tmp_path: Path) -> None:
         (["--attention", "sdpa:fast"], "'sdpa:fast' is not one of eager, sdpa, flash2"),
         (["--checkpointing", "none,some"], "'some' is not one of none, selective, full"),
         (["--adapter", "lora,loar"], "'loar' is not one of none, lora, rslora, dora, qlora"),
-        (["--against", "trainer", "--adapter", "lora"], "the rivals train without an adapter"),
-        (["--against", "trainer", "--checkpointing", "selective"], "the rivals train without selective checkpointing"),
         (["--micro-batch", "1,x"], "whole numbers above zero"),
         (["--sequence-length", "0"], "whole numbers above zero"),
         (["--against", "axolotl"], "--against takes trainer"),
@@ -357,6 +348,31 @@ def test_a_wrong_command_line_is_refused(arguments: list[str], words: str, tmp_p
     result = CliRunner().invoke(app, command)
     assert isinstance(result.exception, UsageError) and words in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--adapter", "lora"], "the rivals train all weights"),
+        (["--checkpointing", "selective"], "the rivals have no selective checkpointing"),
+        (["--set", "training.dtype=bf16_pure"], "the rivals do not train in bf16_pure"),
+        (["--set", "ranks_per_node=2"], "the rivals are one process, the plan has 2"),
+    ],
+)
+def test_what_the_rivals_cannot_do_is_no_contest(arguments: list[str], reason: str, tmp_path: Path) -> None:
+    command = [
+        "bench",
+        str(REPOSITORY / "presets/bench/tiny.yaml"),
+        "--site",
+        "local",
+        "--out",
+        str(tmp_path / "out"),
+        "--against",
+        "trainer",
+    ]
+    result = CliRunner().invoke(app, [*command, *arguments])
+    assert isinstance(result.exception, ActionError) and reason in str(result.exception)
+    assert reason in (tmp_path / "out" / "against.md").read_text()
 
 
 def test_a_cell_without_a_plan_is_skipped(shop: Callable[[str], Workshop]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher.bench.cell import Cell
@@ -71,6 +71,25 @@ def candidates(axes: Axes, preset: Preset, replan: Callable[[Cell], Replan]) -> 
                     yield from _sizes(one, axes.micro_batch, preset, replan(one))
 
 
+def contenders(found: Iterable[Candidate]) -> Iterator[Candidate]:
+    """For a contest: refused too where the rivals, one process that trains all weights, cannot do the same."""
+    for candidate in found:
+        yield candidate if candidate.refusal or candidate.plan is None else replace(candidate, refusal=_beyond_rivals(candidate.plan))
+
+
+def _beyond_rivals(plan: Plan) -> str:
+    preset, training = plan.preset, plan.preset["training"]
+    if plan.world_size > 1:
+        return f"the rivals are one process, the plan has {plan.world_size} (--gpus 1, or --set ranks_per_node=1)"
+    if preset["adapter"] != "none":
+        return "the rivals train all weights (--adapter none)"
+    if training["dtype"] == "bf16_pure":
+        return "the rivals do not train in bf16_pure (--set training.dtype=bf16)"
+    if training["activation_checkpointing"] == "selective":
+        return "the rivals have no selective checkpointing (--checkpointing none, or full)"
+    return ""
+
+
 def change_for(cell: Cell, preset: Preset) -> Change:
     """What a cell is, laid over the preset; as ``submit --set`` takes it."""
     adapter: Any = cell.adapter
@@ -84,15 +103,6 @@ def change_for(cell: Cell, preset: Preset) -> Change:
         "adapter": adapter,
         "training.micro_batch": cell.micro_batch,
     }
-
-
-def unvaried(preset: Mapping[str, Any]) -> dict[str, Any]:
-    """A planned preset without what cells vary: two benches of the same one measure the same cells."""
-    training = {
-        key: value for key, value in preset["training"].items() if key not in ("sequence_length", "activation_checkpointing", "micro_batch")
-    }
-    adapter = preset["adapter"] if isinstance(preset["adapter"], str) else {**preset["adapter"], "kind": None}
-    return {**preset, "training": training, "attention": None, "adapter": adapter}
 
 
 MEASURED: Change = {

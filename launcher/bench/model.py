@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
+from launcher.files import digest
 from launcher.preset.model import ModelFacts
 from launcher.preset.schema import Preset
 
@@ -36,5 +35,4 @@ def config_for(preset: Preset, facts: ModelFacts) -> dict[str, Any]:
 
 def folder_name(config: dict[str, Any]) -> str:
     """Of the random weights, which benches of one model share."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
-    return f"random-{config['model_type']}-{digest}"
+    return f"random-{config['model_type']}-{digest(config)[:12]}"

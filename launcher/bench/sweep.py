@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 from launcher.bench.cell import Cell, Row, append_row, read_rows, spread
 from launcher.bench.grid import Candidate
 from launcher.bench.work import Workshop, planned_for, wait
+from launcher.files import digest
 from launcher.hardware.flops import flops_per_token
 from launcher.plan import Plan
 from launcher.preset.model import ModelFacts
@@ -215,8 +214,4 @@ def _with_plan(row: Row, plan: Plan | None) -> Row:
 
 def material_folder(folder: Path, wish: Mapping[str, Any]) -> Path:
     """Of the samples that ``material`` makes of the wish."""
-    return folder / "data" / f"{wish['packing']}-{wish['sequence_length']}-{digest(wish)}"
-
-
-def digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / "data" / f"{wish['packing']}-{wish['sequence_length']}-{digest(wish)[:12]}"

@@ -12,10 +12,8 @@ from launcher.cli.show import out, say, show_json, show_rows
 from launcher.errors import ActionError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from launcher.bench.cell import Cell, Row
-    from launcher.bench.grid import Axes, Candidate
+    from launcher.bench.grid import Axes
     from launcher.bench.sweep import Contest, Effort
     from launcher.bench.tables import Setting
     from launcher.cli.line import Line
@@ -75,8 +73,11 @@ def bench(
         return
     setting, rows, contests = measured(line, axes, target, against, effort)
     _show(line, setting, rows, contests, target, as_json=as_json)
-    if "measured" not in [*(row.outcome for row in rows), *(contest.outcome for contest in contests)]:
-        raise ActionError("nothing could be measured: the table says why", code="nothing-measured", file=str(target / "bench.md"))
+    outcomes: list[tuple[str, str]] = [(row.outcome, row.reason) for row in rows]
+    outcomes += [(contest.outcome, contest.reason) for contest in contests]
+    if "measured" not in dict(outcomes):
+        page = target / f"{'against' if against else 'bench'}.md"
+        raise ActionError(f"nothing could be measured: {outcomes[0][1]}", code="nothing-measured", file=str(page))
 
 
 def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: Effort) -> tuple[Setting, list[Row], list[Contest]]:
@@ -93,11 +94,11 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
     from launcher.bench import grid, tables
     from launcher.bench.lengths import code_lengths, cut_counts
     from launcher.bench.model import config_for, folder_name
-    from launcher.bench.sweep import contend_all, digest, material_folder, measure_all
+    from launcher.bench.sweep import contend_all, material_folder, measure_all
     from launcher.bench.work import Workshop, require_material
     from launcher.cli.line import container_of
     from launcher.cli.replan import replanner
-    from launcher.files import write_json, write_text
+    from launcher.files import digest, write_json, write_text
     from launcher.hardware.fits import UNOBSERVED
     from launcher.plan import Staged
 
@@ -121,13 +122,12 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
         staged = Staged(str(model), data, steps * per_step, 0, 0, "", length_bin_tokens=lengths.bin_tokens, length_counts=counts)
         return replanner(line, container, staged, UNOBSERVED)
 
-    candidates = list(grid.candidates(axes, preset, replan))
+    cells = grid.candidates(axes, preset, replan)
+    candidates = list(cells if against is None else grid.contenders(cells))
     usable = [candidate for candidate in candidates if not candidate.refusal]
     base = next((candidate.plan for candidate in [*usable, *candidates] if candidate.plan is not None), None)
     if base is None:
         raise UsageError(f"no cell makes sense: {candidates[0].refusal}", code="no-cell")
-    if against is not None:
-        _require_rivals_can(usable)
     folder.mkdir(parents=True, exist_ok=True)
     shop = Workshop(folder, container, sys.executable, os.environ, (model if config is None else model.parent,))
     started = datetime.now(timezone.utc)
@@ -141,8 +141,8 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
         request = {"config": config, "model": str(model), "data": {str(material_folder(folder, one)): one for one in wishes}}
         require_material(shop.run("material", "material", request, gpus=preset.gpus), folder / "cells" / "material" / "rank-0.log")
     if against is None:
-        common = {"preset": grid.unvaried(base.preset), "hardware": base.hardware, "stack": base.stack, "effort": asdict(effort)}
-        rows = measure_all(candidates, shop, facts, effort, digest(common), say)
+        common = {"preset": preset.model_dump(mode="json"), "hardware": base.hardware, "stack": base.stack, "effort": asdict(effort)}
+        rows = measure_all(candidates, shop, facts, effort, digest(common)[:12], say)
     else:
         contests = contend_all(candidates, shop, effort, say)
     setting = tables.Setting(
@@ -161,24 +161,6 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
     if rows:
         write_text(folder / f"{stem}.csv", tables.as_csv(rows), mode=0o644)
     return setting, rows, contests
-
-
-def _require_rivals_can(candidates: Iterable[Candidate]) -> None:
-    """A contest is between trainings that do the same. Errors: UsageError."""
-    for plan in (candidate.plan for candidate in candidates if candidate.plan is not None):
-        training = plan.preset["training"]
-        for key, wrong, hint in (
-            ("gpus", plan.world_size > 1 and f"{plan.world_size} ranks", "--gpus 1, or --set ranks_per_node=1"),
-            ("adapter", plan.preset["adapter"] != "none" and "an adapter", "--adapter none"),
-            ("training.dtype", training["dtype"] == "bf16_pure" and "bf16_pure", "--set training.dtype=bf16"),
-            (
-                "training.activation_checkpointing",
-                training["activation_checkpointing"] == "selective" and "selective checkpointing",
-                "--checkpointing none, or full",
-            ),
-        ):
-            if wrong:
-                raise UsageError(f"the rivals train without {wrong}", code="rivals-cannot", key=key, hint=hint)
 
 
 def _axes(

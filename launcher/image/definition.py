@@ -5,12 +5,12 @@ Nothing of a site or a machine is in them: mirrors come in while building, by a 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.errors import UsageError
+from launcher.files import digest
 from launcher.image.lock import check_lock, read_lock
 from launcher.preset.stack import Stack
 from launcher.templating import render_template
@@ -31,7 +31,7 @@ def identity(stack: Stack, lock_text: str, *, base_sha256: str | None = None, ow
     """64 hex digits: SHA-256 of the definition (zeros in the place of the identity) and of every file that it takes in."""
     check_lock(stack, read_lock(lock_text))
     parts = {"image.def": _render(stack, _NO_IDENTITY, base_sha256, own), **image_files(stack, lock_text)}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return digest(parts)
 
 
 def image_files(stack: Stack, lock_text: str) -> dict[str, str]:

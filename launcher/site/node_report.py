@@ -15,7 +15,6 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +180,7 @@ def submits(sbatch: str | None, script: str | None, environ: Mapping[str, str]) 
     if sbatch is None or script is None:
         return "not asked"
     answer = call([sbatch, "--test-only", script], environ=clean_environment(environ), timeout_s=PATIENCE_S)
-    if answer.code == 0:
-        return None
-    return replace(answer, stderr=answer.stderr + answer.stdout).reason[:300]  # a site's filter may say why on standard output
+    return None if answer.code == 0 else answer.reason[:300]
 
 
 def _word(file: str) -> str:

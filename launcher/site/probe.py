@@ -173,11 +173,8 @@ def probe_checks(report: Mapping[str, Any], *, wants_gpus: int) -> list[Check]:
     found += _container_checks(node, report)
     for what, name in (("index", "the package index"), ("hub", "the hub")):
         why = report["network"][what]
-        if why is not None and why.startswith("not asked"):
-            text = f"{name} was {why}"
-        else:
-            text = f"{name} is reachable" if why is None else f"{name} is not reachable: {why}"
-        found.append(Check("ok", f"node-{what}", f"{node}: {text}"))
+        says = "is reachable" if why is None else f"was {why}" if why.startswith("not asked") else f"is not reachable: {why}"
+        found.append(Check("ok", f"node-{what}", f"{node}: {name} {says}"))
     names = [f"{one['name']} ({one['kind']})" for one in report["interfaces"]]
     found.append(Check("ok", "node-network", f"{node}: network interfaces {', '.join(names) or 'unknown'}"))
     if report["sbatch"] not in (None, "not asked"):

@@ -50,8 +50,8 @@ class Answer:
 
     @property
     def reason(self) -> str:
-        """What it said, on one line: a site's own message often comes before Slurm's."""
-        lines = [_PREFIX.sub("", line.strip()) for line in (self.stderr or self.stdout).splitlines() if line.strip()]
+        """What it said, on one line: a site's own message often comes before Slurm's, or on standard output."""
+        lines = [_PREFIX.sub("", line.strip()) for line in [*self.stderr.splitlines(), *self.stdout.splitlines()] if line.strip()]
         return "; ".join(lines)[:500] or f"exit code {self.code}"
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from launcher.errors import MissingError, UsageError
+from launcher.files import digest
 from launcher.plan import Container
 from launcher.stage.child import Where
 from launcher.stage.shelf import make, read_facts
@@ -71,7 +71,7 @@ class Shop:
         reads: Sequence[Path] = (),
     ) -> tuple[Path, dict[str, Any]]:
         """The finished folder for a key, made by a process from the request unless it is there, and its facts."""
-        name = f"{_slug(label)}-{_hash({'layout': LAYOUT_VERSION, **key})[:16]}"
+        name = f"{_slug(label)}-{digest({'layout': LAYOUT_VERSION, **key})[:16]}"
 
         def build(folder: Path) -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".tmp-{name}-") as scratch:
@@ -133,10 +133,6 @@ def refuse_outside(local: Local, key: str = "data.path") -> None:
             raise UsageError(
                 f"{name} is a link out of {local.root}, which the container would not see", key=key, hint="copy the folder with cp -rL"
             )
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _slug(name: str) -> str:
