@@ -20,7 +20,7 @@ from launcher.preset.reading import read_site
 from launcher.site import checks, probe
 from launcher.site.checks import Check
 from launcher.site.machine_facts import Apptainer
-from launcher.site.node_report import disk_facts, folder_facts, index_reachable, interfaces, kernel_driver, submits
+from launcher.site.node_report import Tried, disk_facts, folder_facts, index_reachable, interfaces, kernel_driver, submits
 from launcher.site.probe import Probe, learned, probe_checks, wait_for
 from tests.fake_cluster import FakeCluster, cluster_of, make_fake_cluster
 from tests.plans import site as a_site
@@ -209,7 +209,7 @@ def test_probe(site_file: Path, nodes: FakeCluster, tmp_path: Path, monkeypatch:
     report = document["probe"]
     assert (report["node"], report["partition"], report["driver"], report["cuda"]) == ("jn1", "booster", "555.42.02", "12.5")
     assert [gpu["memory_mib"] for gpu in report["gpus"]] == [40960, 40960]
-    assert report["folders"]["runs"]["writable"] and report["home"]["writable"] and report["sbatch"] is None
+    assert report["folders"]["runs"]["writable"] and report["home"]["writable"] and report["sbatch"]["works"]
     assert report["local_disk"][0]["why"] == "is not set" and report["local_disk"][1]["free_bytes"] > 0
     assert levels(document, "node-gpus") == ["warning"]  # whole nodes: four were asked for
     assert document["learned"]["partitions.booster.internet"] is False
@@ -332,8 +332,9 @@ REPORT: dict[str, Any] = {
     "node": "n1", "partition": "gpu", "python": {"executable": "/p", "version": "3.11"}, "gpus": [], "driver": None, "cuda": None,
     "home": {"visible": False, "writable": False}, "folders": {"runs": {"path": "/r", "writable": False, "free_bytes": None}},
     "local_disk": [{"written": "/tmp", "path": "/tmp", "why": None, "free_bytes": 2**30, "ram_backed": True}],
-    "network": {"index": None, "hub": "not asked: no address"}, "user_namespaces": False, "interfaces": [{"name": "ib0", "kind": "ib"}],
-    "container": {"path": "/a", "version": "1.3", "setuid": False}, "sbatch": "NOTIFICATION: not on compute nodes",
+    "network": {"index": {"works": True, "why": ""}, "hub": {"works": None, "why": "no address"}},
+    "user_namespaces": False, "interfaces": [{"name": "ib0", "kind": "ib"}],
+    "container": {"path": "/a", "version": "1.3", "setuid": False}, "sbatch": {"works": False, "why": "NOTIFICATION: not on compute nodes"},
 }  # fmt: skip
 
 
@@ -389,11 +390,13 @@ def test_a_node_that_cannot_submit(tmp_path: Path) -> None:
         '#!/bin/sh\n[ -z "$SLURM_JOB_ID" ] || exit 0\necho NOTIFICATION: not here\necho sbatch: error: filter failed >&2\nexit 1\n'
     )
     refusing.chmod(0o755)
-    assert submits(str(refusing), "x", {"SLURM_JOB_ID": "1", "PATH": "/usr/bin:/bin"}) == "filter failed; NOTIFICATION: not here"
+    assert submits(str(refusing), "x", {"SLURM_JOB_ID": "1", "PATH": "/usr/bin:/bin"}) == Tried(
+        False, "filter failed; NOTIFICATION: not here"
+    )
 
 
 def test_no_package_index() -> None:
     import sys
 
-    why = index_reachable(sys.executable, "http://user:word@127.0.0.1:9/simple")
-    assert why is not None and "word" not in why
+    tried = index_reachable(sys.executable, "http://user:word@127.0.0.1:9/simple")
+    assert tried.works is False and tried.why and "word" not in tried.why

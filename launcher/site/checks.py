@@ -219,12 +219,12 @@ def machine_checks(site: Site, folders: Folders | None, environ: Mapping[str, st
     else:
         yield Check("ok", "tmp", f"{temporary}: {gib(space.free_bytes)} free, on disk")
     if site.container.use == "apptainer" and site.build.on == "here":
-        why = index_reachable(sys.executable, site.mirrors.pip_index)
-        if why is None:
+        tried = index_reachable(sys.executable, site.mirrors.pip_index)
+        if tried.works:
             yield Check("ok", "index", "the package index answers: images can be built here")
         else:
             hint = "mirrors.pip_index of the site, a proxy (https_proxy), or build elsewhere: ftlaunch build --print-only"
-            yield Check("warning", "index", f"the package index does not answer: {why}", hint)
+            yield Check("warning", "index", f"the package index does not answer: {tried.why}", hint)
     driver = kernel_driver()
     here = f"NVIDIA driver {driver} on this machine" if driver else "no NVIDIA driver on this machine"
     yield Check("ok", "driver", here + ("" if driver or site.scheduler == "none" else ", as is usual on a login node"))

@@ -15,6 +15,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,16 @@ from launcher.image.unpack import mounts_by_kernel
 from launcher.slurm.tools import NO_ANSWER, NO_PROGRAM, call, clean_environment
 
 PATIENCE_S = 15.0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Whether something works from this node."""
+
+    works: bool | None
+    """None: it was not tried."""
+    why: str = ""
+    """Why it does not work, or was not tried."""
 
 
 def report(questions: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -43,12 +54,12 @@ def report(questions: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str
         "home": folder_facts(questions["home"]),
         "folders": {name: folder_facts(path) for name, path in questions["folders"].items()},
         "local_disk": [disk_facts(written, environ) for written in questions["local_disk"]],
-        "network": {"index": index_reachable(sys.executable, questions.get("index")), "hub": hub_reachable(environ)},
+        "network": {"index": asdict(index_reachable(sys.executable, questions.get("index"))), "hub": asdict(hub_reachable(environ))},
         "user_namespaces": namespaces(),
         "fuse": os.access("/dev/fuse", os.R_OK | os.W_OK),
         "container": container_facts(questions["container"]),
         "interfaces": interfaces(),
-        "sbatch": submits(questions.get("sbatch"), questions.get("script"), environ),
+        "sbatch": asdict(submits(questions.get("sbatch"), questions.get("script"), environ)),
     }
 
 
@@ -110,34 +121,34 @@ def disk_facts(written: str, environ: Mapping[str, str]) -> dict[str, Any]:
     return {**facts, "free_bytes": space.free_bytes, "free_files": space.free_files, "ram_backed": space.ram_backed}
 
 
-def index_reachable(python: str, index: str | None = None) -> str | None:
-    """None when pip's package index answers, else why not. ``index``: in the place of the one that pip is configured with."""
+def index_reachable(python: str, index: str | None = None) -> Tried:
+    """Whether pip's package index answers. ``index``: in the place of the one that pip is configured with."""
     command = [python, "-m", "pip", "--disable-pip-version-check", "index", "versions", "pip", "--timeout", "5", "--retries", "0"]
     answer = call([*command, *(["--index-url", index] if index else [])], timeout_s=PATIENCE_S)
     if answer.code == 0:
-        return None
+        return Tried(True)
     lines = [line.strip() for line in answer.stderr.splitlines() if line.strip()]
-    return _without_password(lines[-1])[:300] if lines else f"pip ended with {answer.code}"
+    return Tried(False, _without_password(lines[-1])[:300] if lines else f"pip ended with {answer.code}")
 
 
-def hub_reachable(environ: Mapping[str, str]) -> str | None:
-    """None when the hub of models and data answers, else why not."""
+def hub_reachable(environ: Mapping[str, str]) -> Tried:
+    """Whether the hub of models and data answers."""
     address = environ.get("HF_ENDPOINT")
     if not address:
         try:
             from huggingface_hub import constants
         except ImportError:
-            return "not asked: HF_ENDPOINT is not set and huggingface_hub is not installed"
+            return Tried(None, "HF_ENDPOINT is not set and huggingface_hub is not installed")
         address = constants.ENDPOINT
     if not re.match(r"https?://", str(address)):
-        return "not asked: HF_ENDPOINT is no address"
+        return Tried(None, "HF_ENDPOINT is no address")
     try:
         urllib.request.urlopen(urllib.request.Request(str(address), method="HEAD"), timeout=5).close()
     except urllib.error.HTTPError:
-        return None
+        return Tried(True)
     except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))[:300]
-    return None
+        return Tried(False, str(getattr(error, "reason", error))[:300])
+    return Tried(True)
 
 
 def namespaces() -> bool | None:
@@ -175,12 +186,12 @@ def interfaces(folder: str = "/sys/class/net") -> list[dict[str, str]]:
     return found
 
 
-def submits(sbatch: str | None, script: str | None, environ: Mapping[str, str]) -> str | None:
-    """None when a job like this one may be submitted from here, else why not. Submits nothing."""
+def submits(sbatch: str | None, script: str | None, environ: Mapping[str, str]) -> Tried:
+    """Whether a job like this one may be submitted from here. Submits nothing."""
     if sbatch is None or script is None:
-        return "not asked"
+        return Tried(None)
     answer = call([sbatch, "--test-only", script], environ=clean_environment(environ), timeout_s=PATIENCE_S)
-    return None if answer.code == 0 else answer.reason[:300]
+    return Tried(True) if answer.code == 0 else Tried(False, answer.reason[:300])
 
 
 def _word(file: str) -> str:

@@ -40,6 +40,8 @@ ASK_S = 60.0
 LATE_S = 90.0
 """How long a file of another machine may take to appear after the job has ended."""
 
+_REACHED = {True: "is reachable", False: "is not reachable", None: "was not asked"}
+
 
 @dataclass(frozen=True)
 class Probe:
@@ -172,14 +174,14 @@ def probe_checks(report: Mapping[str, Any], *, wants_gpus: int) -> list[Check]:
     found.append(_disk_check(node, report["local_disk"]))
     found += _container_checks(node, report)
     for what, name in (("index", "the package index"), ("hub", "the hub")):
-        why = report["network"][what]
-        says = "is reachable" if why is None else f"was {why}" if why.startswith("not asked") else f"is not reachable: {why}"
-        found.append(Check("ok", f"node-{what}", f"{node}: {name} {says}"))
+        tried = report["network"][what]
+        says = f"{name} {_REACHED[tried['works']]}" + (f": {tried['why']}" if tried["why"] else "")
+        found.append(Check("ok", f"node-{what}", f"{node}: {says}"))
     names = [f"{one['name']} ({one['kind']})" for one in report["interfaces"]]
     found.append(Check("ok", "node-network", f"{node}: network interfaces {', '.join(names) or 'unknown'}"))
-    if report["sbatch"] not in (None, "not asked"):
+    if report["sbatch"]["works"] is False:
         hint = "continuation: manual in the site's file, unless scontrol requeue works there"
-        found.append(Check("warning", "node-sbatch", f"{node}: a job cannot submit another one: {report['sbatch']}", hint))
+        found.append(Check("warning", "node-sbatch", f"{node}: a job cannot submit another one: {report['sbatch']['why']}", hint))
     return found
 
 
@@ -195,7 +197,7 @@ def learned(
             facts[("partitions", partition, "driver")] = report["driver"]
         if report["cuda"]:
             facts[("partitions", partition, "cuda")] = report["cuda"]
-        online = [why is None for why in report["network"].values() if why is None or not why.startswith("not asked")]
+        online = [tried["works"] for tried in report["network"].values() if tried["works"] is not None]
         if online:
             facts[("partitions", partition, "internet")] = any(online)
         own = site.partitions.get(partition)
@@ -210,7 +212,7 @@ def learned(
     usable = [one["written"] for one in report["local_disk"] if one["why"] is None]
     if usable:
         facts[("local_disk",)] = usable
-    if report["sbatch"] not in (None, "not asked") and site.continuation == "resubmit":
+    if report["sbatch"]["works"] is False and site.continuation == "resubmit":
         facts[("continuation",)] = "manual"
     return facts
 
