@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from launcher.bench import grid, tables
 from launcher.bench.cell import Cell, Row, append_row, read_rows
@@ -330,6 +330,11 @@ def test_one_job_measures_every_cell(tmp_path: Path) -> None:
     assert """-m launcher.cli bench '/p/it'"'"'s.yaml' --on here""" in text and "export FTLAUNCH_DATA=/data" in text
 
 
+def run_bench(folder: Path, *arguments: str) -> Result:
+    command = ["bench", str(REPOSITORY / "presets/bench/tiny.yaml"), "--site", "local", "--out", str(folder)]
+    return CliRunner().invoke(app, [*command, *arguments])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -344,8 +349,7 @@ def test_one_job_measures_every_cell(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_command_line_is_refused(arguments: list[str], words: str, tmp_path: Path) -> None:
-    command = ["bench", str(REPOSITORY / "presets/bench/tiny.yaml"), "--site", "local", "--out", str(tmp_path / "out"), *arguments]
-    result = CliRunner().invoke(app, command)
+    result = run_bench(tmp_path / "out", *arguments)
     assert isinstance(result.exception, UsageError) and words in str(result.exception)
     assert not (tmp_path / "out").exists()
 
@@ -360,17 +364,7 @@ def test_a_wrong_command_line_is_refused(arguments: list[str], words: str, tmp_p
     ],
 )
 def test_what_the_rivals_cannot_do_is_no_contest(arguments: list[str], reason: str, tmp_path: Path) -> None:
-    command = [
-        "bench",
-        str(REPOSITORY / "presets/bench/tiny.yaml"),
-        "--site",
-        "local",
-        "--out",
-        str(tmp_path / "out"),
-        "--against",
-        "trainer",
-    ]
-    result = CliRunner().invoke(app, [*command, *arguments])
+    result = run_bench(tmp_path / "out", "--against", "trainer", *arguments)
     assert isinstance(result.exception, ActionError) and reason in str(result.exception)
     assert reason in (tmp_path / "out" / "against.md").read_text()
 

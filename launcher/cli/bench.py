@@ -72,12 +72,10 @@ def bench(
         _submit(line, axes, target, against, effort, typed_time=time, as_json=as_json)
         return
     setting, rows, contests = measured(line, axes, target, against, effort)
-    _show(line, setting, rows, contests, target, as_json=as_json)
-    outcomes: list[tuple[str, str]] = [(row.outcome, row.reason) for row in rows]
-    outcomes += [(contest.outcome, contest.reason) for contest in contests]
-    if "measured" not in dict(outcomes):
-        page = target / f"{'against' if against else 'bench'}.md"
-        raise ActionError(f"nothing could be measured: {outcomes[0][1]}", code="nothing-measured", file=str(page))
+    _show(line, setting, rows, contests, _page(target, against), as_json=as_json)
+    results: list[Row | Contest] = [*rows, *contests]
+    if not any(result.outcome == "measured" for result in results):
+        raise ActionError(f"nothing could be measured: {results[0].reason}", code="nothing-measured", file=str(_page(target, against)))
 
 
 def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: Effort) -> tuple[Setting, list[Row], list[Contest]]:
@@ -155,12 +153,17 @@ def measured(line: Line, axes: Axes, folder: Path, against: str | None, effort: 
         machine=machine,
         made=started.strftime("%Y-%m-%d"),
     )
-    stem = "against" if against else "bench"
-    write_text(folder / f"{stem}.md", tables.markdown(setting, rows, contests), mode=0o644)
-    write_json(folder / f"{stem}.json", tables.as_json(setting, rows, contests), mode=0o644)
+    page = _page(folder, against)
+    write_text(page, tables.markdown(setting, rows, contests), mode=0o644)
+    write_json(page.with_suffix(".json"), tables.as_json(setting, rows, contests), mode=0o644)
     if rows:
-        write_text(folder / f"{stem}.csv", tables.as_csv(rows), mode=0o644)
+        write_text(page.with_suffix(".csv"), tables.as_csv(rows), mode=0o644)
     return setting, rows, contests
+
+
+def _page(folder: Path, against: str | None) -> Path:
+    """The tables that a person reads; those for programs have its name too."""
+    return folder / ("bench.md" if against is None else "against.md")
 
 
 def _axes(
@@ -267,13 +270,15 @@ def _submit(line: Line, axes: Axes, folder: Path, against: str | None, effort: E
         out().print(f"job {job}, log {command.log}; the tables will be in {folder}", markup=False)
 
 
-def _show(line: Line, setting: Setting, rows: list[Row], contests: list[Contest], folder: Path, *, as_json: bool) -> None:
+def _show(line: Line, setting: Setting, rows: list[Row], contests: list[Contest], page: Path, *, as_json: bool) -> None:
     from launcher.bench.tables import as_json as document
 
     best = _fastest(line, rows)
     if as_json:
         value = document(setting, rows, contests)
-        show_json({"ok": True, "folder": str(folder), **value, "fastest": [{"cell": row.cell.name, "submit": text} for row, text in best]})
+        show_json(
+            {"ok": True, "folder": str(page.parent), **value, "fastest": [{"cell": row.cell.name, "submit": text} for row, text in best]}
+        )
         return
     if contests:
         show_rows(
@@ -293,7 +298,7 @@ def _show(line: Line, setting: Setting, rows: list[Row], contests: list[Contest]
             f"\nfastest with {row.cell.sequence_length} tokens and adapter {row.cell.adapter}: {row.step_s:.3g} s a step", markup=False
         )
         out().print(text, markup=False)
-    out().print(f"\ntables: {folder}/{'against' if contests else 'bench'}.md", markup=False)
+    out().print(f"\ntables: {page}", markup=False)
 
 
 def _fastest(line: Line, rows: list[Row]) -> list[tuple[Row, str]]:
