@@ -8,7 +8,6 @@ What is inside the files is the business of ``launcher.train``.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.files import sync_folder, write_json, write_text
+from launcher.files import hash_file, sync_folder, write_json, write_text
 from launcher.run import Run, may_commit, now
 
 Reason = Literal["epoch", "steps", "minutes", "stop", "end"]
@@ -67,17 +66,6 @@ def commit(run: Run, step: int, life: int, reason: Reason, epoch: int | None, wo
     sync_folder(run.checkpoints)
     write_text(final / COMMITTED, f"{manifest.time}\n")
     return manifest
-
-
-def hash_file(path: Path, *, flush: bool = False) -> str:
-    """SHA-256 as hex; with ``flush`` the file is forced to disk as well."""
-    digest = hashlib.sha256()
-    with open(path, "rb+" if flush else "rb") as file:
-        for block in iter(lambda: file.read(1 << 22), b""):
-            digest.update(block)
-        if flush:
-            os.fsync(file.fileno())
-    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:

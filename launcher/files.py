@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or absent, and digests of what goes into them. Standard library only."""
+"""Writing files so that they are whole or absent, and digests. Standard library only."""
 
 from __future__ import annotations
 
@@ -32,8 +32,20 @@ def write_json(path: Path, value: Any, *, mode: int = 0o600) -> None:
 
 
 def digest(value: Any) -> str:
-    """64 hex digits: SHA-256 of ``value`` as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    """64 hex digits: SHA-256 of ``value`` as JSON with sorted keys, in ASCII, without spaces. Runs and images are found again by it."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_file(path: Path, *, flush: bool = False) -> str:
+    """SHA-256 as hex; with ``flush`` the file is forced to disk as well. Errors: OSError."""
+    content = hashlib.sha256()
+    with open(path, "rb+" if flush else "rb") as file:
+        for block in iter(lambda: file.read(1 << 22), b""):
+            content.update(block)
+        if flush:
+            os.fsync(file.fileno())
+    return content.hexdigest()
 
 
 def append_line(path: Path, text: str, *, mode: int = 0o600) -> None:

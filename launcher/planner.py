@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from launcher.errors import Finding
+from launcher.files import digest
 from launcher.hardware.attention import choose_attention
 from launcher.hardware.cadence import signal_lead_s
 from launcher.hardware.disk import predict_disk
@@ -174,8 +173,7 @@ def identity(
     if staged is not None and staged.model_sha:
         content["model_sha"] = staged.model_sha
         content["preset"]["model"]["path"] = None
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest(content)
 
 
 def identity_keys_changed(old: Plan, new: Plan) -> list[str]:

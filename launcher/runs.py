@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import hashlib
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ from typing import Any
 
 from launcher import __version__
 from launcher.errors import ActionError, UsageError
-from launcher.files import write_json, write_text
+from launcher.files import digest, hash_file, write_json, write_text
 from launcher.plan import Plan, write_plan
 from launcher.run import Run, now
 from launcher.shipped import PACKAGE
@@ -110,10 +109,8 @@ def copy_code(target: Path) -> None:
 
 def code_sha(run: Run) -> str:
     """SHA-256 over the files of ``code/launcher``: which code a life ran."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in run.code.rglob("*") if path.is_file() and "__pycache__" not in path.parts):
-        digest.update(f"{path.relative_to(run.code).as_posix()}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    return digest.hexdigest()
+    files = (path for path in run.code.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return digest({path.relative_to(run.code).as_posix(): hash_file(path) for path in files})
 
 
 def _fill(stage: Run, run: Run, plan: Plan, files: Mapping[str, str], preset_text: str, tools: Mapping[str, str]) -> None:

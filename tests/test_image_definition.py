@@ -81,7 +81,7 @@ def test_the_identity_is_the_hash_of_what_goes_in() -> None:
     own = identity(stack(), LOCK)
     assert text.count(own) == 2
     parts = {**image_files(stack(), LOCK), "image.def": text.replace(own, "0" * 64)}
-    assert hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest() == own
+    assert hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest() == own
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ActionError, FtlaunchError, MissingError, UsageError
-from launcher.files import write_json, write_text
+from launcher.files import hash_file, write_json, write_text
 from launcher.image.apptainer import ask, find_apptainer, labels, last_line
 from launcher.image.claim import SCRATCH, Holder, claim
 from launcher.image.definition import build_arguments, identity, image_files, render_definition
@@ -69,7 +68,7 @@ def ensure_image(
     ActionError (the build or its test failed; names the log).
     """
     command, images = find_apptainer(site.container), images.absolute()
-    base_sha256 = _sha256(Path(stack.base.path)) if stack.base.kind == "localimage" else None
+    base_sha256 = _base_sha256(stack)
     wanted = identity(stack, lock_text, base_sha256=base_sha256, own=own)
     image = image_file(stack, wanted, images)
     container = Container("apptainer", str(image), wanted, command, tuple(site.container.binds), dict(site.container.env))
@@ -100,7 +99,7 @@ def ensure_image(
 
 def find_image(stack: Stack, lock_text: str, images: Path) -> Path | None:
     """The stack's image where it was built already, by its record: Apptainer is not asked, which a login node may be without."""
-    wanted = identity(stack, lock_text, base_sha256=_sha256(Path(stack.base.path)) if stack.base.kind == "localimage" else None)
+    wanted = identity(stack, lock_text, base_sha256=_base_sha256(stack))
     image = image_file(stack, wanted, images)
     try:
         record = json.loads(Path(f"{image}.json").read_text(encoding="utf-8"))
@@ -264,11 +263,9 @@ def _mtime(image: Path) -> int | None:
         return None
 
 
-def _sha256(path: Path) -> str:
-    if not path.is_file():
+def _base_sha256(stack: Stack) -> str | None:
+    if stack.base.kind != "localimage":
+        return None
+    if not (path := Path(stack.base.path)).is_file():
         raise UsageError(f"the base image {path} is not there", code="missing-file", key="base.path")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    return hash_file(path)

@@ -7,8 +7,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.checkpoint import hash_file
 from launcher.errors import ActionError, Finding, UsageError
+from launcher.files import hash_file
 from launcher.image.apptainer import ask, find_apptainer, labels, last_line
 from launcher.image.enter import enter
 from launcher.plan import Container

@@ -5,7 +5,6 @@ Knows nothing of what is inside the files. Standard library only (Python 3.9); u
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from launcher.errors import UsageError
-from launcher.files import write_json
+from launcher.files import digest, hash_file, write_json
 from launcher.supported import TOKENIZER_FILES
 
 RECORD_SUFFIXES = (".jsonl", ".parquet")
@@ -100,26 +99,24 @@ def content_sha(local: Local, cache: Path | None = None, *, key: str = "data.pat
     known = known_sha(local, cache, key=key)
     if known is not None:
         return known
-    root, digest, newest = Path(local.root), hashlib.sha256(), 0.0
+    root, contents, newest = Path(local.root), [], 0.0
     mark = fingerprint(local, key=key)
     try:
         for name in local.files:
-            state = (root / name).stat()
-            newest = max(newest, state.st_mtime)
-            label = name if len(local.files) > 1 else ""
-            digest.update(f"{len(label.encode())}:{label}:{state.st_size}:".encode())
-            _digest_file(digest, root / name)
+            newest = max(newest, (root / name).stat().st_mtime)
+            contents.append((name if len(local.files) > 1 else "", hash_file(root / name)))
     except OSError as error:
         raise _unreadable(error, key) from None
+    sha = digest(contents)
     if cache is not None and newest < started - RACY_S:
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(cache / f"{mark}.json", {"sha256": digest.hexdigest(), "root": local.root}, mode=0o644)
-    return digest.hexdigest()
+        write_json(cache / f"{mark}.json", {"sha256": sha, "root": local.root}, mode=0o644)
+    return sha
 
 
 def combined_sha(shas: Sequence[str]) -> str:
     """One hash of several sources' content, in their order; that of the only one as it is."""
-    return shas[0] if len(shas) == 1 else hashlib.sha256("\n".join(shas).encode()).hexdigest()
+    return shas[0] if len(shas) == 1 else digest(list(shas))
 
 
 def known_sha(local: Local, cache: Path | None, *, key: str = "data.path") -> str | None:
@@ -140,7 +137,7 @@ def fingerprint(local: Local, *, key: str = "data.path") -> str:
     except OSError as error:
         raise _unreadable(error, key) from None
     listing = [local.root, *([name, state.st_size, state.st_mtime_ns] for name, state in zip(local.files, states))]
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return digest(listing)
 
 
 def _unreadable(error: OSError, key: str) -> UsageError:
@@ -183,12 +180,7 @@ def check_model(folder: Path, key: str) -> list[str]:
 
 def tokenizer_sha(folder: Path) -> str:
     """Hash of the tokenizer's files."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digest.update(f"{name}:{(folder / name).stat().st_size}:".encode())
-            _digest_file(digest, folder / name)
-    return digest.hexdigest()
+    return digest({name: hash_file(folder / name) for name in TOKENIZER_FILES if (folder / name).is_file()})
 
 
 def _matching(root: Path, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -199,9 +191,3 @@ def _matching(root: Path, patterns: Sequence[str]) -> tuple[str, ...]:
 
 def _filled(file: Path) -> bool:
     return file.is_file() and os.path.getsize(file) > 0
-
-
-def _digest_file(digest: hashlib._Hash, file: Path) -> None:
-    with open(file, "rb") as content:
-        while chunk := content.read(1 << 20):
-            digest.update(chunk)
