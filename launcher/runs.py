@@ -38,7 +38,7 @@ class RunExists(ActionError):
 
 def find_existing(plan: Plan, runs: Path) -> Run | None:
     """The newest run of this identity; None when there is none."""
-    found = [run for run in _runs_of(plan, runs) if _record(run).get("identity") == plan.identity]
+    found = [run for run in _named(plan, runs) if _record(run).get("identity") == plan.identity]
     return max(found, key=lambda run: _number(run, plan), default=None)
 
 
@@ -46,7 +46,7 @@ def create_run(plan: Plan, files: Callable[[Run], Mapping[str, str]], preset_tex
     """Create the run folder, whole or not at all. ``files`` renders its files for the run that it is given (name → text).
 
     Errors: UsageError when the folder's path cannot be used, MissingError (4) when the site wants Slurm and this machine has none,
-    RunExists when a run of this identity is there already (and not ``new``).
+    RunExists when a run of this identity is there already (and not ``new``), ActionError when something else has its name.
     """
     runs = runs.expanduser().absolute()
     if bad := _FORBIDDEN.search(str(runs)):
@@ -56,8 +56,11 @@ def create_run(plan: Plan, files: Callable[[Run], Mapping[str, str]], preset_tex
     while True:
         run = _free(plan, runs) if new else Run(runs / _base(plan))
         if run.root.exists():
-            if new and run.record_file.is_file():  # made by somebody else since we looked for a free name
+            if new:  # made by somebody else since we looked for a free name
                 continue
+            if not run.record_file.is_file():
+                hint = "remove it or move it away, or submit with --new"
+                raise ActionError(f"{run.root} is in the way: it is no run, for it has no run.json", code="run-folder", hint=hint)
             raise RunExists(run)
         stage = Path(tempfile.mkdtemp(prefix=f".{run.id}.", dir=runs))  # mode 0700
         try:
@@ -143,10 +146,10 @@ def _base(plan: Plan) -> str:
     return f"{plan.name}-{plan.identity[:8]}"
 
 
-def _runs_of(plan: Plan, runs: Path) -> list[Run]:
+def _named(plan: Plan, runs: Path) -> list[Run]:
+    """Whatever has the name of a run of this identity: also what is left of one that was removed while its job lived."""
     named = re.compile(rf"{re.escape(_base(plan))}(-\d+)?")
-    folder = runs.expanduser().absolute()
-    return [Run(path) for path in folder.glob(f"{_base(plan)}*") if named.fullmatch(path.name) and (path / "run.json").is_file()]
+    return [Run(path) for path in runs.expanduser().absolute().glob(f"{_base(plan)}*") if named.fullmatch(path.name)]
 
 
 def _number(run: Run, plan: Plan) -> int:
@@ -155,7 +158,7 @@ def _number(run: Run, plan: Plan) -> int:
 
 def _free(plan: Plan, runs: Path) -> Run:
     """The next run of this identity: the bare name, then ``-2``, ``-3``."""
-    number = max((_number(run, plan) for run in _runs_of(plan, runs)), default=0) + 1
+    number = max((_number(run, plan) for run in _named(plan, runs)), default=0) + 1
     return Run(runs / (_base(plan) if number == 1 else f"{_base(plan)}-{number}"))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import UsageError
+from launcher.errors import ActionError, UsageError
 from launcher.run import Run
 from launcher.runs import RunExists, all_runs, create_run, find_existing, find_run
 from launcher.state import Known, state_of
@@ -58,6 +58,18 @@ def test_new_counts_up(tmp_path: Path) -> None:
     made = [create_run(plan, lambda run: {}, "", tmp_path, new=True).id for _ in range(3)]
     assert made == ["toy-01234567", "toy-01234567-2", "toy-01234567-3"]
     assert find_existing(plan, tmp_path) == Run(tmp_path / "toy-01234567-3")
+
+
+def test_rest_of_a_removed_run_is_named_and_does_not_stop_new_ones(tmp_path: Path) -> None:
+    """A job that still lives writes its events into the folder that its user removes."""
+    rest = tmp_path / "toy-01234567" / "events.jsonl"
+    rest.parent.mkdir()
+    rest.write_text("")
+    with pytest.raises(ActionError, match=r"toy-01234567 is in the way: it is no run, for it has no run.json \(remove it") as caught:
+        create_run(toy_plan(), lambda run: {}, "", tmp_path)
+    assert not isinstance(caught.value, RunExists) and find_existing(toy_plan(), tmp_path) is None
+    assert create_run(toy_plan(), lambda run: {}, "", tmp_path, new=True).id == "toy-01234567-2"
+    assert rest.is_file()
 
 
 def test_same_name_and_prefix_of_another_identity_is_another_run(tmp_path: Path) -> None:
