@@ -125,6 +125,14 @@ def cluster(stack: Cluster, wheel: Path) -> Cluster:
     return stack
 
 
+@pytest.fixture
+def slurm_path(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's tools are found, and they find the cluster."""
+    for line in cluster.run("env").stdout.splitlines():
+        if line.startswith(("SLURM_CONF=", "PATH=")):
+            monkeypatch.setenv(*line.split("=", 1))
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This tree as a wheel."""

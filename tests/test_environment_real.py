@@ -22,7 +22,7 @@ import pytest
 from launcher.image.unpack import read_log
 from launcher.run import Run
 from tests.conftest import REPOSITORY, Cluster
-from tests.test_slurm_real import story, wait_until
+from tests.toy_slurm import put_scripts, story, wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -177,9 +177,7 @@ def toy(user: Poisoned, small_image: Path) -> Iterator[Run]:
     """Ranks that tell their environment, in an image, submitted by that user."""
     cluster, toys = user.cluster, user.folder / "toys"
     toys.mkdir()
-    for name in ("toy.py", "toy_train.py", "toy_submit.py"):
-        shutil.copy(REPOSITORY / "tests" / name, toys)
-        (toys / name).chmod(0o644)
+    put_scripts(toys)
     container = {"use": "apptainer", "image": str(small_image), "identity": "0" * 64, "command": str(user.singularity)}
     site = {
         "local_disk": ["$NOT_SET", str(user.folder)],

@@ -6,10 +6,8 @@ import json
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +17,10 @@ from launcher.slurm.queue import look_up
 from launcher.slurm.tools import find_tools
 from launcher.slurm.waiting import Waiting, explain
 from launcher.submit import last_job_id
-from tests.conftest import REPOSITORY, Cluster, Configuration
+from tests.conftest import Cluster, Configuration
+from tests.toy_slurm import LONG, SlurmToys, story, wait_until
 
 pytestmark = pytest.mark.slurm
-
-LONG = {"steps": 1_000_000, "step_s": 0.1}
 
 
 def on(*names: str) -> pytest.MarkDecorator:
@@ -31,44 +28,10 @@ def on(*names: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def slurm_path(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    for line in cluster.run("env").stdout.splitlines():
-        if line.startswith(("SLURM_CONF=", "PATH=")):
-            monkeypatch.setenv(*line.split("=", 1))
-
-
-@pytest.fixture
 def toy_on_slurm(cluster: Cluster, slurm_path: None) -> Iterator[Callable[..., Run]]:
-    """A toy run as the cluster's user; what still runs at the end is taken away."""
-    folder = cluster.home / "toy"
-    cluster.run("mkdir", "-p", folder, cwd=cluster.root)
-    for name in ("toy.py", "toy_train.py", "toy_submit.py"):
-        shutil.copy(REPOSITORY / "tests" / name, folder)
-        (folder / name).chmod(0o644)
-    runs: list[Run] = []
-
-    def submit(toy: dict[str, Any], **wanted: Any) -> Run:
-        plan = {"nodes": 2, "time_limit_min": 10, **wanted.pop("plan", {})}
-        done = cluster.run(cluster.python, folder / "toy_submit.py", folder / "runs", json.dumps({"plan": plan, "toy": toy, **wanted}))
-        runs.append(Run(Path(json.loads(done.stdout.splitlines()[-1])["run"])))
-        return runs[-1]
-
-    yield submit
-    for run in runs:
-        cluster.run("scancel", last_job_id(run), check=False)
-        shutil.rmtree(run.root, ignore_errors=True)
-
-
-def wait_until(what: Callable[[], Any], run: Run | None = None, timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < end, what if run is None else story(run)
-        time.sleep(0.3)
-
-
-def story(run: Run) -> str:
-    logs = [*sorted(run.root.glob("lives/*/*.log")), *run.submitit.glob("*.out")]
-    return "\n".join([*map(json.dumps, run.events()), *(f"== {log}\n{log.read_text()}" for log in logs)])
+    toys = SlurmToys(cluster, "runs")
+    yield toys.run
+    toys.take_away()
 
 
 def status(cluster: Cluster, run: Run) -> dict[str, Any]:
@@ -132,14 +95,14 @@ def test_holds_and_limits_as_slurm_says_them(
 @on("default")
 def test_nodes_meet(configuration: Configuration, toy_on_slurm: Callable[..., Run]) -> None:
     """There is no torch in the host's Python: a rank that looks for it has passed the meeting."""
-    run = toy_on_slurm({}, train=True, plan={"ranks": 1})
+    run = toy_on_slurm({}, train=True, ranks=1)
     wait_until(lambda: run.events("failed"), run)
     assert "No module named 'torch'" in run.events("failed")[0]["cause"], story(run)
 
 
 @on("default")
 def test_a_wrong_host_suffix_is_named(configuration: Configuration, toy_on_slurm: Callable[..., Run]) -> None:
-    run = toy_on_slurm({}, train=True, plan={"ranks": 1, "site": {"network": {"host_suffix": "-nonsense"}}})
+    run = toy_on_slurm({}, train=True, ranks=1, site={"network": {"host_suffix": "-nonsense"}})
     wait_until(lambda: run.events("failed"), run)
     cause = run.events("failed")[0]["cause"]
     assert re.search(r"network.host_suffix: node[12] cannot reach node1 at node1-nonsense:\d+: Name or service not known", cause), story(
@@ -164,8 +127,8 @@ def test_network_of_the_site_reaches_ranks_in_the_container(
         "env": {"NCCL_IB_HCA": "mlx5", "FI_CXI_ATS": "0", "LD_LIBRARY_PATH": "/mnt", "MY_SWITCH": "a b"},
     }
     container = {"use": "apptainer", "image": str(images[-1]), "identity": "0" * 64, "command": shutil.which("apptainer")}
-    plan = {"nodes": 1, "site": {"network": network, "container": {"use": "apptainer", "mount": "file"}}, "container": container}
-    run = toy_on_slurm({"steps": 2, "shows": ["/mnt/fabric"]}, plan=plan)
+    site = {"network": network, "container": {"use": "apptainer", "mount": "file"}}
+    run = toy_on_slurm({"steps": 2, "shows": ["/mnt/fabric"]}, nodes=1, site=site, container=container)
     wait_until(lambda: run.events("finished", "failed"), run)
     assert run.events("finished"), story(run)
     for rank in range(2):

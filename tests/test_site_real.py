@@ -169,7 +169,7 @@ def probe(configuration: Configuration, cluster: Cluster, site_file: Path, envir
 def test_the_probe(configuration: Configuration, probe: Callable[..., dict[str, Any]]) -> None:
     report = probe("--partition", "high")["probe"]
     assert report["node"] in ("node1", "node2") and report["partition"] == "high"
-    assert report["gpus"] == [] and report["container"]["setuid"] is False and report["sbatch"] is None
+    assert report["gpus"] == [] and report["container"]["setuid"] is False and report["sbatch"] == {"works": True, "why": ""}
     assert all(folder["writable"] for folder in report["folders"].values())
 
 
@@ -178,6 +178,7 @@ def test_the_probe_learns_that_no_job_can_submit_another(
     configuration: Configuration, probe: Callable[..., dict[str, Any]], site_file: Path
 ) -> None:
     document = probe("--partition", "gpu-a100-dev")
-    assert "not available on compute nodes" in document["probe"]["sbatch"]
+    sbatch = document["probe"]["sbatch"]
+    assert sbatch["works"] is False and "not available on compute nodes" in sbatch["why"]
     assert document["learned"]["continuation"] == "manual"
     assert "continuation: manual" in site_file.read_text()

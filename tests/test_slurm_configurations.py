@@ -30,6 +30,10 @@ NODES = "Node count specification invalid"
 NO_GRES = "Invalid generic resource (gres) specification"
 
 
+IDLE = "while :; do sleep 0.2 & wait; done"
+"""Goes on also where the sleep is ended before the shell is."""
+
+
 @pytest.fixture
 def sbatch(configuration: Configuration) -> Iterator[Callable[..., str]]:
     """Submits a job with what the configuration accepts and more, as its user; it is gone at the end. Gives the job id."""
@@ -74,6 +78,7 @@ def running(configuration: Configuration, job: str) -> bool:
 def log(configuration: Configuration) -> Iterator[Path]:
     """A file that jobs can write."""
     file = configuration.stack.home / f"{configuration.name}.log"
+    file.unlink(missing_ok=True)  # a job of an earlier test may have written once more when it was cancelled
     configuration.stack.run("touch", file)
     yield file
     file.unlink()
@@ -143,7 +148,7 @@ def test_strict_gpu_memory_needs_the_feature(configuration: Configuration, sbatc
 @strict
 def test_strict_besteffort_is_requeued_without_notice(configuration: Configuration, sbatch: Callable[..., str], log: Path) -> None:
     """No signal of the user's, and no time: the end of the job is asked for at once."""
-    heard = f"trap 'echo USR2 >>{log}' USR2; trap 'echo TERM >>{log}; exit' TERM; echo began >>{log}; while sleep 0.2; do :; done"
+    heard = f"trap 'echo USR2 >>{log}' USR2; trap 'echo TERM >>{log}; exit' TERM; echo began >>{log}; {IDLE}"
     whole = ["--nodes=2", "--gres=gpu:volta:4"]
     job = sbatch("--qos=besteffort", *whole, "--time=10", "--signal=B:USR2@60", job=heard)
     wait_until(lambda: log.read_text() == "began\n")
@@ -223,7 +228,7 @@ def test_norequeue_refuses(configuration: Configuration, without: list[str], opt
 @norequeue
 def test_norequeue_preempted_with_notice(configuration: Configuration, sbatch: Callable[..., str], log: Path) -> None:
     """The step hears TERM and has its two minutes; only a job that was submitted with --requeue can be put back."""
-    body = f"srun -n1 bash -c 'trap exit TERM; echo began >>{log}; while sleep 0.2; do :; done'; echo heard >>{log};"
+    body = f"srun -n1 bash -c 'trap exit TERM; echo began >>{log}; {IDLE}'; echo heard >>{log};"
     body += f"scontrol requeue $SLURM_JOB_ID >>{log} 2>&1; echo requeue $? >>{log}"
     options = ["--exclusive", "--time=5"]
     plain = sbatch(*options, job=body)
@@ -297,7 +302,7 @@ def test_untyped_whole_nodes_until_the_maintenance(configuration: Configuration,
 
 @untyped
 def test_untyped_preempted_by_the_users_signal(configuration: Configuration, sbatch: Callable[..., str], log: Path) -> None:
-    heard = f"trap 'echo USR2 >>{log}; exit' USR2; echo began >>{log}; while sleep 0.2; do :; done"
+    heard = f"trap 'echo USR2 >>{log}; exit' USR2; echo began >>{log}; {IDLE}"
     sbatch("--partition=preemptible", "--nodes=2", "--time=10", "--signal=B:USR2@30", job=heard)
     wait_until(lambda: log.read_text() == "began\n")
     sbatch("--nodes=2", job="true")

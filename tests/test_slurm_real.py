@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,42 +19,21 @@ from launcher.state import state_of
 from launcher.submit import last_job_id
 from tests.conftest import REPOSITORY, Cluster
 from tests.toy import names
+from tests.toy_slurm import LONG, SlurmToys, gone_from_queue, story, wait_until
 
 pytestmark = pytest.mark.slurm
 
-LONG = {"steps": 1_000_000, "step_s": 0.1}
+
+@pytest.fixture
+def toys(cluster: Cluster, slurm_path: None) -> Iterator[SlurmToys]:
+    toys = SlurmToys(cluster, "runs of it's")
+    yield toys
+    toys.take_away()
 
 
 @pytest.fixture
-def submitted(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., dict[str, Any]]]:
-    """Submits a toy run as the cluster's user; what still runs at the end is taken away."""
-    folder = cluster.home / "toy"
-    cluster.run("mkdir", "-p", folder, cwd=cluster.root)
-    for name in ("toy.py", "toy_train.py", "toy_submit.py"):
-        shutil.copy(REPOSITORY / "tests" / name, folder)
-        (folder / name).chmod(0o644)
-    for line in cluster.run("env").stdout.splitlines():
-        if line.startswith(("SLURM_CONF=", "PATH=")):
-            monkeypatch.setenv(*line.split("=", 1))
-    jobs = []
-
-    def submit(toy: dict[str, Any], *, check: bool = True, **plan: Any) -> dict[str, Any]:
-        wanted = json.dumps({"plan": {"nodes": 2, "time_limit_min": 10, **plan}, "toy": toy})
-        done = cluster.run(cluster.python, folder / "toy_submit.py", folder / "runs of it's", wanted, env={"SLURM_PROCID": "9"})
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        if "job_id" in answer:
-            jobs.append(Run(Path(answer["run"])))
-        return answer
-
-    yield submit
-    for run in jobs:
-        cluster.run("scancel", last_job_id(run), check=False)
-        shutil.rmtree(run.root, ignore_errors=True)
-
-
-@pytest.fixture
-def toy_on_slurm(submitted: Callable[..., dict[str, Any]]) -> Callable[..., Run]:
-    return lambda toy, **plan: Run(Path(submitted(toy, **plan)["run"]))
+def toy_on_slurm(toys: SlurmToys) -> Callable[..., Run]:
+    return toys.run
 
 
 @pytest.fixture
@@ -75,18 +50,6 @@ def preempt(cluster: Cluster) -> Iterator[Callable[[], None]]:
         cluster.run("scancel", job, check=False)
 
 
-def wait_until(what: Callable[[], Any], run: Run, timeout_s: float = 180) -> None:
-    end = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < end, story(run)
-        time.sleep(0.2)
-
-
-def story(run: Run) -> str:
-    logs = [*sorted(run.root.glob("lives/*/*.log")), *run.submitit.glob("*.out")]
-    return "\n".join([*map(json.dumps, run.events()), *(f"== {log}\n{log.read_text()}" for log in logs)])
-
-
 def trained(run: Run) -> int:
     return len(metrics.read(run.metrics_file, "train"))
 
@@ -99,10 +62,6 @@ def end_soon(run: Run, more_steps: int = 5) -> None:
 def state(run: Run) -> str:
     job_id = last_job_id(run)
     return state_of(run, look_up([job_id], find_tools())[job_id])
-
-
-def gone_from_queue(run: Run) -> bool:
-    return look_up([last_job_id(run)], find_tools())[last_job_id(run)].state not in ("pending", "running", "ending")
 
 
 def test_finishes_on_two_nodes(toy_on_slurm: Callable[..., Run]) -> None:
@@ -256,12 +215,12 @@ def test_job_cancelled_behind_our_back_is_not_requeued(cluster: Cluster, toy_on_
     assert state(run) == "cancelled"
 
 
-def test_refused_account_is_one_line_and_leaves_nothing(cluster: Cluster, submitted: Callable[..., dict[str, Any]]) -> None:
-    before = set((cluster.home / "toy" / "runs of it's").glob("*"))
-    answer = submitted({}, slurm={"account": "nonsense"})
+def test_refused_account_is_one_line_and_leaves_nothing(toys: SlurmToys) -> None:
+    before = set(toys.runs.glob("*"))
+    answer = toys.submit({}, slurm={"account": "nonsense"})
     assert answer["exit_code"] == 5 and "\n" not in answer["error"]
     assert "Invalid account or account/partition combination specified" in answer["error"]
-    assert set((cluster.home / "toy" / "runs of it's").glob("*")) - before == set()
+    assert set(toys.runs.glob("*")) - before == set()
 
 
 def test_unusable_interpreter_is_one_sentence(cluster: Cluster, toy_on_slurm: Callable[..., Run]) -> None:
