@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +42,10 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home of its own, no package index and no hub."""
     (tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("FTLAUNCH_SITE", "FTLAUNCH_RUNS", "FTLAUNCH_IMAGES", "FTLAUNCH_DATA", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS"):
+    ours = ("FTLAUNCH_SITE", "FTLAUNCH_RUNS", "FTLAUNCH_IMAGES", "FTLAUNCH_DATA", "SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_QOS")
+    for name in (*ours, "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     for name in ("http_proxy", "https_proxy", "all_proxy"):
