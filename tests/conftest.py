@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,34 +83,29 @@ class Configuration:
 
 
 @pytest.fixture(scope="module")
-def switch() -> Iterator[Callable[[str], None]]:
-    """Brings the cluster into a configuration, if it is not in it; after the module it is the default again."""
-    current: list[str] = []
-
-    def to(name: str) -> None:
-        if current != [name]:
-            current[:] = ["unknown"]
-            subprocess.run([UP, "--configuration", name], check=True, stdin=subprocess.DEVNULL)
-            current[:] = [name]
-
-    yield to
+def default_again() -> Iterator[None]:
+    """After the module the cluster is in its default configuration."""
+    yield
     subprocess.run([UP], check=True, stdin=subprocess.DEVNULL)
 
 
-@pytest.fixture
-def configuration(request: pytest.FixtureRequest, switch: Callable[[str], None], stack: Cluster) -> Configuration:
-    """The cluster as ``parametrize("configuration", [names], indirect=True)`` asks.
+@pytest.fixture(scope="module")
+def configuration(request: pytest.FixtureRequest, default_again: None, stack: Cluster) -> Configuration:
+    """The cluster as ``parametrize("configuration", [names], indirect=True)`` asks; pytest puts a module's tests of one together.
 
-    It stays so for the tests that follow in the module: there, every test that needs the cluster should name its configuration.
+    In such a module every test that needs the cluster should name its configuration.
     """
-    switch(request.param)
+    subprocess.run([UP, "--configuration", request.param], check=True, stdin=subprocess.DEVNULL)
     return Configuration(request.param, (UP.parent / "configurations" / request.param / "accepts").read_text().split(), stack)
 
 
 @pytest.fixture(scope="session")
 def stack() -> Cluster:
-    """The real Slurm and Apptainer, before anything of ours is installed."""
+    """The real Slurm and Apptainer, before anything of ours is installed. Its runs stay for a day, to be looked at."""
     found = Cluster(HPC)
+    for left in (*found.home.glob("runs/*"), *found.home.glob("data-*")):
+        if left.stat().st_mtime < time.time() - 24 * 3600:
+            shutil.rmtree(left)
     subprocess.run(["install", "-d", "-o", found.user, "-m", "0755", found.home], check=True)
     return found
 
