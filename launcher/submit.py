@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,9 @@ from launcher.run import Run, boot_id, is_process_alive, process_start, read_lea
 from launcher.runs import code_sha, copy_code
 from launcher.slurm.queue import look_up
 from launcher.slurm.tools import Unanswered, after_options, call, clean_environment
+
+OTHER_SUBMISSION_S = 30.0
+"""How long a submission waits for another one of the same run: an answer of sbatch takes seconds."""
 
 
 class AlreadyGoing(ActionError):
@@ -300,12 +304,16 @@ def _put_back_on_error(file: Path, undo: ExitStack) -> None:
 
 @contextmanager
 def _alone(run: Run) -> Iterator[None]:
-    """Keeps a second submission of the same run out. A folder, since flock is not cluster-wide everywhere.
+    """Keeps a second submission of the same run waiting. A folder, since flock is not cluster-wide everywhere.
 
-    Errors: ActionError when somebody else is at it.
+    Errors: ActionError when somebody else is at it for longer than ``OTHER_SUBMISSION_S``.
     """
     lock = run.root / ".submitting"
-    if not _made(lock) and not (_moved_away(lock) and _made(lock)):
+    end = time.monotonic() + OTHER_SUBMISSION_S
+    while not _made(lock) and not (_moved_away(lock) and _made(lock)):
+        if time.monotonic() < end:
+            time.sleep(0.1)
+            continue
         raise ActionError(f"{run.id} is being submitted by somebody else", code="submitting", hint=f"if that is not so, remove {lock}")
     try:
         write_text(lock / "owner", f"{socket.gethostname()} {boot_id()} {os.getpid()} {process_start(os.getpid())}\n")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,11 +127,23 @@ def test_supervisor_that_cannot_start_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_two_submissions_of_one_run_submit_once(tmp_path: Path, slurm: FakeSlurm) -> None:
+def test_a_submission_waits_for_another_one(tmp_path: Path, slurm: FakeSlurm) -> None:
     run = toy_run(tmp_path / "runs", slurm_plan())
     lock = run.root / ".submitting"
     lock.mkdir()
     (lock / "owner").write_text(f"another-host boot {os.getpid()} 1\n")
+    other = threading.Timer(0.3, shutil.rmtree, [lock])
+    other.start()
+    assert submit(run) == "4711"
+    other.join()
+
+
+def test_it_does_not_wait_for_ever(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = toy_run(tmp_path / "runs", slurm_plan())
+    lock = run.root / ".submitting"
+    lock.mkdir()
+    (lock / "owner").write_text(f"another-host boot {os.getpid()} 1\n")
+    monkeypatch.setattr("launcher.submit.OTHER_SUBMISSION_S", 0.2)
     with pytest.raises(ActionError, match="is being submitted by somebody else"):
         submit(run)
     assert slurm.calls("sbatch") == []
@@ -179,6 +193,7 @@ def test_lock_of_the_living_is_not_moved_by_who_saw_the_dead_one(tmp_path: Path,
         return text
 
     monkeypatch.setattr(Path, "read_text", read_late)
+    monkeypatch.setattr("launcher.submit.OTHER_SUBMISSION_S", 0.2)
     with pytest.raises(ActionError, match="is being submitted by somebody else"):
         submit(run)
     assert (lock / "owner").read_text() == alive and slurm.calls("sbatch") == []
