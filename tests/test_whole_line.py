@@ -39,6 +39,10 @@ TWO_BY_TWO = ["--nodes", "2", *(word for setting in SETTINGS for word in ("--set
 """25 samples on 4 ranks: 7, 6, 6, 6; and enough steps for several lives."""
 
 
+HandedOver = Literal["requeued", "continued"]
+"""The event of a life that another one follows."""
+
+
 @dataclass(frozen=True)
 class Line:
     """``ftlaunch`` on the test cluster, and the folders that it writes to."""
@@ -132,26 +136,45 @@ def another(line: Line) -> Iterator[Callable[..., str]]:
         line.cluster.run("scancel", job, check=False)
 
 
-def in_the_middle_of_an_epoch(run: Run) -> Callable[[], bool]:
-    """Half an epoch in: about 22 steps are one."""
-    return lambda: len(metrics.read(run.metrics_file, "train")) >= 10
+def steps_by_life(run: Run) -> list[tuple[int, int]]:
+    """Life and step of every step that was done, in order, those done twice included."""
+    return [(row["life"], row["step"]) for row in read_json_lines(run.metrics_file) if row["kind"] == "train"]
 
 
-def assert_went_on_at_the_next_step(run: Run, handed_over: Literal["requeued", "continued"]) -> None:
-    """Each life but the last saved when it was asked to, and the next began with the step after it: nothing was done twice."""
-    assert not run.events("crashed")
-    first_steps: dict[int, int] = {}
-    for row in read_json_lines(run.metrics_file):
-        if row["kind"] == "train":
-            first_steps.setdefault(row["life"], row["step"])
-    stops = {event["life"]: event["step"] for event in run.events("checkpoint") if event["reason"] == "stop"}
-    ends = {event["life"]: event["step"] for event in run.events(handed_over)}
-    assert ends and stops == ends
-    assert first_steps == {0: 1, **{life + 1: step + 1 for life, step in ends.items()}}
+def ends_of_epochs(run: Run) -> list[int]:
     plan = run.plan()
     assert plan.staged is not None
-    epochs = [math.ceil(epoch * plan.staged.train_samples / plan.batch.effective_batch) for epoch in range(1, 9)]
-    assert ends[0] not in epochs, "it was stopped at the end of an epoch, not in one"
+    return [math.ceil(epoch * plan.staged.train_samples / plan.batch.effective_batch) for epoch in range(1, 9)]
+
+
+def preempt(line: Line, run: Run, life: int, another: Callable[..., str], handed_over: HandedOver) -> int:
+    """Ten steps into this life; returns the step that it handed over at."""
+    line.wait(run, lambda: [one for one, _ in steps_by_life(run)].count(life) >= 10, "training")
+    another()
+    line.wait(run, lambda: len(run.events(handed_over)) > life, "the end of the life")
+    return int(run.events(handed_over)[life]["step"])
+
+
+def preempt_inside_an_epoch(line: Line, run: Run, another: Callable[..., str], handed_over: HandedOver) -> int:
+    """How many preemptions it took: an epoch has about 22 steps, and where a stop falls on its last one, another follows."""
+    for life in range(3):
+        if preempt(line, run, life, another, handed_over) not in ends_of_epochs(run):
+            return life + 1
+    raise AssertionError(f"stopped at the end of an epoch each time\n{story(run)}")
+
+
+def assert_nothing_was_lost_or_done_twice(run: Run, handed_over: HandedOver) -> None:
+    """Every step was done once; each life but the last saved the last step that it did, and handed over there."""
+    assert not run.events("crashed")
+    done, total_steps = steps_by_life(run), run.plan().total_steps
+    assert total_steps is not None
+    assert [step for _, step in done] == list(range(1, total_steps + 1))
+    last_done = dict(done)
+    last_saved = {event["life"]: event["step"] for event in run.events("checkpoint")}
+    ends = {event["life"]: event["step"] for event in run.events(handed_over)}
+    assert list(ends) == list(range(run.lives_started() - 1))
+    assert last_saved == last_done
+    assert all(ends[life] == step for life, step in last_done.items() if life in ends), "a life may end before its first step"
 
 
 def test_reference_trains(line: Line, reference: Run) -> None:
@@ -167,11 +190,10 @@ def test_reference_trains(line: Line, reference: Run) -> None:
 
 def test_preempted_and_requeued(line: Line, reference: Run, another: Callable[..., str]) -> None:
     run = line.submit("--partition", "low", name="preempted")
-    line.wait(run, in_the_middle_of_an_epoch(run), "training")
-    another()
+    preemptions = preempt_inside_an_epoch(line, run, another, "requeued")
     line.finish(run)
-    assert run.lives_started() == 2
-    assert_went_on_at_the_next_step(run, "requeued")
+    assert run.lives_started() == preemptions + 1
+    assert_nothing_was_lost_or_done_twice(run, "requeued")
     assert_same(run, reference)
 
 
@@ -180,15 +202,13 @@ def test_follow_up_job_where_requeue_is_forbidden(line: Line, reference: Run, an
     subprocess.run([up, "--job-requeue", "0"], check=True, stdin=subprocess.DEVNULL)
     try:
         run = line.submit("--partition", "low", name="no-requeue")
-        line.wait(run, in_the_middle_of_an_epoch(run), "training")
-        another()
+        preemptions = preempt_inside_an_epoch(line, run, another, "continued")
         line.finish(run)
     finally:
         subprocess.run([up], check=True, stdin=subprocess.DEVNULL)
-    assert run.lives_started() == 2
     jobs = [event["job_id"] for event in run.events("started")]
-    assert len(set(jobs)) == 2, f"the same job went on: {jobs}"
-    assert_went_on_at_the_next_step(run, "continued")
+    assert len(jobs) == len(set(jobs)) == preemptions + 1, f"the same job went on: {jobs}"
+    assert_nothing_was_lost_or_done_twice(run, "continued")
     assert_same(run, reference)
 
 
@@ -198,7 +218,7 @@ def test_three_minutes_at_a_time(line: Line, reference: Run) -> None:
     run = line.submit("--time", "3m", "--site", site, name="short-lives")
     line.finish(run, timeout_s=1200)
     assert run.lives_started() >= 2
-    assert_went_on_at_the_next_step(run, "requeued")
+    assert_nothing_was_lost_or_done_twice(run, "requeued")
     assert_same(run, reference)
 
 
