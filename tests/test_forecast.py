@@ -64,7 +64,7 @@ def test_forecast(slurm: FakeSlurm, answer: dict[str, object], expected: Forecas
 
 def test_it_only_tests_and_leaves_nothing_behind(slurm: FakeSlurm) -> None:
     environ = {"SBATCH_PARTITION": "other", "SLURM_TIME_FORMAT": "relative", "SLURM_CONF": "/etc/slurm.conf", "PATH": "/usr/bin"}
-    forecast_start(SCRIPT, slurm.tools["sbatch"], environ=environ)
+    forecast_start(SCRIPT, slurm.tools["sbatch"], environ=environ, timeout_s=30)
     (asked,) = slurm.calls("sbatch")
     (_, option, script) = asked["argv"]
     assert option == "--test-only" and not Path(script).exists()
@@ -75,7 +75,7 @@ def test_sbatch_is_shown_the_script(tmp_path: Path) -> None:
     program = tmp_path / "sbatch"
     program.write_text(f'#!/bin/sh\ncat "$2" >{tmp_path}/seen\n')
     program.chmod(0o755)
-    forecast_start(SCRIPT, str(program), environ={"PATH": "/usr/bin:/bin"})
+    forecast_start(SCRIPT, str(program), environ={"PATH": "/usr/bin:/bin"}, timeout_s=30)
     assert (tmp_path / "seen").read_text() == SCRIPT
 
 
@@ -100,7 +100,8 @@ def test_no_room_for_the_script_gives_no_forecast(slurm: FakeSlurm, tmp_path: Pa
 
 @pytest.fixture
 def user(slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """At a login node, in an empty folder, without configuration; Slurm accepts the job."""
+    """At a login node, in an empty folder, without configuration, patient; Slurm accepts the job."""
+    monkeypatch.setattr("launcher.cli.forecast.PATIENCE_S", 60)
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -178,7 +179,8 @@ def test_expected_start_of_a_job(slurm: FakeSlurm, answer: dict[str, object], ex
     assert expected_start("4711", slurm.tools["squeue"], timeout_s=timeout_s) == expected
 
 
-def test_status_of_a_queued_run_says_when_it_starts(slurm: FakeSlurm, tmp_path: Path) -> None:
+def test_status_of_a_queued_run_says_when_it_starts(slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.cli.forecast.PATIENCE_S", 60)
     run = toy_run(tmp_path / "runs", slurm_plan())
     submit(run)
     slurm.answer("squeue", {"out": "4711|PENDING|Resources\n"}, {"out": "2026-11-22T20:15:00\n"})

@@ -21,6 +21,7 @@ from launcher.train import network
 from launcher.train.network import gloo_interface, interface_for, matching, way_to
 from launcher.train.place import Place, prepare_environment
 from tests.conftest import REPOSITORY
+from tests.ports import free_port
 from tests.test_ranks import IN_JOB, RUN
 from tests.toy import toy_plan
 
@@ -41,9 +42,7 @@ PRESENT = ["lo", "eth0", "eno1", "ib0", "ib1", "docker0", "hsn0"]
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def start(number: int, port: int, **meeting: Any) -> subprocess.Popen[str]:
@@ -127,10 +126,10 @@ def test_a_first_rank_that_does_not_come_is_not_waited_for_long(port: int) -> No
 
 def test_nodes_that_do_not_come_are_named(port: int) -> None:
     names = ["node1", "node2", "node3"]
-    first, third = start(0, port, names=names), start(2, port, names=names)
+    first, third = start(0, port, names=names, within_s=6), start(2, port, names=names, within_s=30)
     assert ended(third) == (0, "")
     code, said = ended(first)
-    assert (code, said.split(" (")[0]) == (2, f"network: node2 did not reach node1 at 127.0.0.1:{port} within 2 s")
+    assert (code, said.split(" (")[0]) == (2, f"network: node2 did not reach node1 at 127.0.0.1:{port} within 6 s")
 
 
 def test_an_interface_that_does_not_connect_the_nodes(port: int) -> None:

@@ -130,7 +130,7 @@ def test_fifty_signals_are_one_stop(tmp_path: Path, supervisor: Any) -> None:
 def test_stop_before_the_ranks_have_handlers(tmp_path: Path, supervisor: Any) -> None:
     run = toy_run(tmp_path, toy_plan(), faults=[{"rank": 1, "step": 0, "what": "hang"}], **FOREVER)
     process = supervisor(run)
-    wait_until(lambda: run.events("started"), run)
+    wait_until(lambda: run.events("started") and "ranks started" in run.supervisor_log(0).read_text(), run)
     process.send_signal(signal.SIGTERM)
     wait_until(lambda: (run.life(0) / "rank-0.json").exists(), run)
     process.send_signal(signal.SIGQUIT)
@@ -164,7 +164,7 @@ def test_crash_names_the_rank_and_ends_the_others(tmp_path: Path, supervisor: An
 
 
 def test_killed_rank_is_named(tmp_path: Path, supervisor: Any) -> None:
-    faults = [{"rank": 0, "step": 2, "what": "kill"}, {"rank": 1, "step": 40, "what": 1}]
+    faults = [{"rank": 0, "step": 2, "what": "kill"}, {"rank": 1, "step": 250, "what": 1}]
     run = toy_run(tmp_path, toy_plan(preset={"limits": {"max_lives": 1}}), steps=1000, step_s=0.01, faults=faults)
     assert supervisor(run).wait(60) == 6, story(run)
     assert "rank 0 was killed by signal 9" in run.events("failed")[0]["cause"]
@@ -311,6 +311,7 @@ def test_newer_life_ends_an_older_one_that_hangs(tmp_path: Path, supervisor: Any
     wait_until(lambda: trained(run) >= 2, run)
     newer = supervisor(run)
     assert older.wait(60) == 7, story(run)
+    wait_until(lambda: len(names(run)) >= 2, run)
     assert names(run) == ["started", "started"]
     assert rank_pids(run, 0) == []
     newer.send_signal(signal.SIGTERM)

@@ -36,5 +36,5 @@ def start_of(run: Run, job_id: str | None) -> str | None:
     record = run.record()
     if job_id is None or record["scheduler"] != "slurm":
         return None
-    start = expected_start(job_id, record["tools"].get("squeue"))
+    start = expected_start(job_id, record["tools"].get("squeue"), timeout_s=PATIENCE_S)
     return None if start is None else start.isoformat()

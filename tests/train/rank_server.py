@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 SOURCE = Path(__file__).parents[2]
 PATIENCE_S = 240
@@ -28,11 +29,8 @@ class RankServer:
 
     def train(self, run: Any, *, life: int = 0, stop_at: int | None = None) -> list[int]:
         """Exit codes by rank. ``stop_at``: rank 0 gets USR2 while it computes this step."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
         run.life(life).mkdir(parents=True, exist_ok=True)
-        wanted = {"run": str(run.root), "life": life, "ranks": run.plan(life).world_size, "port": port, "stop_at": stop_at}
+        wanted = {"run": str(run.root), "life": life, "ranks": run.plan(life).world_size, "port": free_port(), "stop_at": stop_at}
         self._process.stdin.write(json.dumps(wanted) + "\n")
         self._process.stdin.flush()
         codes = json.loads(self._process.stdout.readline())

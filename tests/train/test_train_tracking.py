@@ -145,12 +145,18 @@ def test_wandb_sends_only_where_it_may(wanted: str, internet: bool | None, mode:
     assert tracking.wandb_mode(plan) == ("online" if wanted == "online" else "offline")
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real tracker is waited for, however slow this machine is to import and start it."""
+    monkeypatch.setattr(tracking, "FINISH_S", 600.0)
+
+
 def two_lives(run: Run) -> None:
     assert train_here(run, stop_at=3) == EXIT_STOPPED
     assert train_here(run, life=1) == 0
 
 
-def test_real_tensorboard_shows_one_run(tmp_path: Path, material: tuple[Path, Path]) -> None:
+def test_real_tensorboard_shows_one_run(tmp_path: Path, material: tuple[Path, Path], patient: None) -> None:
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -162,7 +168,9 @@ def test_real_tensorboard_shows_one_run(tmp_path: Path, material: tuple[Path, Pa
     assert [(event.step, event.value) for event in seen.Scalars("train/loss")] == recorded
 
 
-def test_real_mlflow_goes_on_with_its_run(tmp_path: Path, material: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_mlflow_goes_on_with_its_run(
+    tmp_path: Path, material: tuple[Path, Path], patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlflow = pytest.importorskip("mlflow", reason="pip install mlflow-skinny")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # put back afterwards
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -175,7 +183,7 @@ def test_real_mlflow_goes_on_with_its_run(tmp_path: Path, material: tuple[Path, 
     assert [point.step for point in client.get_metric_history(run_id, "train/loss")] == list(range(1, 9))
 
 
-def test_real_wandb_keeps_its_id_offline(tmp_path: Path, material: tuple[Path, Path]) -> None:
+def test_real_wandb_keeps_its_id_offline(tmp_path: Path, material: tuple[Path, Path], patient: None) -> None:
     pytest.importorskip("wandb", reason="pip install wandb")
     run = run_of(tmp_path / "run", material, to=["wandb"])
     two_lives(run)

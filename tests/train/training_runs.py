@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -34,6 +33,7 @@ from launcher.train.place import Place, prepare_environment
 from launcher.train.ranks import connect
 from launcher.train.stop import Stop
 from launcher.train.supported import require_supported
+from tests.ports import free_port
 
 SOURCE = Path(__file__).parents[2]
 VOCABULARY = 64
@@ -216,12 +216,6 @@ def train_here(run: Run, *, life: int = 0, stop_at: int | None = None, stop: Sto
         staged = require_supported(plan)
         prepare_environment(os.environ, plan, place)
         return train(run, life, plan, staged, connect(plan, place), stop, Progress())
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def rewrite_plan(run: Run, life: int, **sections: Any) -> None:
