@@ -253,4 +253,3 @@ def test_tiny_trains_though_nobody_may_write_the_home(user: Poisoned, image: dic
     assert [*run.cache.iterdir()]
     user.assert_untouched()
     assert user.owns("/tmp") - before <= {f"ftlaunch-{user.uid}"}, "left on the node"
-    shutil.rmtree(run.root)

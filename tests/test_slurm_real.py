@@ -54,11 +54,6 @@ def trained(run: Run) -> int:
     return len(metrics.read(run.metrics_file, "train"))
 
 
-def end_soon(run: Run, more_steps: int = 5) -> None:
-    """The next life has only a little to do."""
-    (run.root / "toy.json").write_text(json.dumps({"steps": committed(run)[-1].step + more_steps, "step_s": 0.1}))
-
-
 def state(run: Run) -> str:
     job_id = last_job_id(run)
     return state_of(run, look_up([job_id], find_tools())[job_id])
@@ -100,7 +95,6 @@ def test_preempted_requeued_and_finished(toy_on_slurm: Callable[..., Run], preem
     wait_until(lambda: run.events("requeued"), run)
     assert state(run) in ("continuing", "running")
     saved = committed(run)[-1].step
-    end_soon(run)
     wait_until(lambda: run.events("finished", "failed"), run)
     assert names(run) == ["submitted", "started", "stop_requested", "requeued", "started", "finished"], story(run)
     assert run.events("requeued")[0]["step"] == saved
@@ -117,8 +111,6 @@ def test_follow_up_job_where_requeue_is_forbidden(toy_on_slurm: Callable[..., Ru
         run = toy_on_slurm(LONG)
         wait_until(lambda: trained(run) >= 5, run)
         preempt()
-        wait_until(lambda: run.events("requeued", "continued", "stopped"), run)
-        end_soon(run)
         wait_until(lambda: run.events("finished", "failed"), run)
     finally:
         subprocess.run([up], check=True, stdin=subprocess.DEVNULL)
@@ -135,8 +127,6 @@ def test_user_signal_at_preemption(toy_on_slurm: Callable[..., Run], preempt: Ca
         run = toy_on_slurm(LONG)
         wait_until(lambda: trained(run) >= 5, run)
         preempt()
-        wait_until(lambda: run.events("requeued"), run)
-        end_soon(run)
         wait_until(lambda: run.events("finished", "failed"), run)
     finally:
         subprocess.run([up], check=True, stdin=subprocess.DEVNULL)
@@ -145,11 +135,10 @@ def test_user_signal_at_preemption(toy_on_slurm: Callable[..., Run], preempt: Ca
 
 def test_stop_right_after_the_start_loses_nothing(cluster: Cluster, toy_on_slurm: Callable[..., Run]) -> None:
     run = toy_on_slurm(LONG)
-    wait_until(lambda: look_up([last_job_id(run)], find_tools())[last_job_id(run)].state == "running", run)
+    wait_until((run.submitit / f"{last_job_id(run)}_0_log.out").exists, run)
     cluster.run("scancel", "--batch", "--signal=USR2", last_job_id(run))
     wait_until(lambda: run.events("requeued", "failed"), run)
     assert names(run)[-2:] == ["stop_requested", "requeued"] and "crashed" not in names(run), story(run)
-    (run.root / "toy.json").write_text(json.dumps({"steps": trained(run) + 5, "step_s": 0.1}))
     wait_until(lambda: run.events("finished", "failed"), run)
     assert names(run)[-2:] == ["started", "finished"], story(run)
 
@@ -158,8 +147,6 @@ def test_resubmitted_where_the_site_says_so(cluster: Cluster, toy_on_slurm: Call
     run = toy_on_slurm(LONG, site={"continuation": "resubmit"})
     wait_until(lambda: trained(run) >= 5, run)
     cluster.run("scancel", "--batch", "--signal=USR2", last_job_id(run))
-    wait_until(lambda: run.events("continued"), run)
-    end_soon(run)
     wait_until(lambda: run.events("finished", "failed"), run)
     assert names(run) == ["submitted", "started", "stop_requested", "continued", "started", "finished"], story(run)
 
@@ -170,7 +157,6 @@ def test_killed_without_notice_is_failed_and_can_be_resumed(cluster: Cluster, to
     os.kill(run.events("started")[0]["pid"], signal.SIGKILL)  # every node is this machine
     wait_until(lambda: gone_from_queue(run), run)
     assert state(run) == "failed" and names(run) == ["submitted", "started"], story(run)
-    end_soon(run)
     script = "import sys; from pathlib import Path; from launcher.run import Run; from launcher.submit import resume"
     cluster.run(cluster.python, "-c", f"{script}; resume(Run(Path(sys.argv[1])))", run.root)
     wait_until(lambda: run.events("finished"), run)
@@ -179,8 +165,6 @@ def test_killed_without_notice_is_failed_and_can_be_resumed(cluster: Cluster, to
 
 def test_time_limit_over_lives(toy_on_slurm: Callable[..., Run]) -> None:
     run = toy_on_slurm(LONG, time_limit_min=1, signal_lead_s=30)
-    wait_until(lambda: run.events("requeued"), run)
-    end_soon(run)
     wait_until(lambda: run.events("finished", "failed"), run)
     assert names(run) == ["submitted", "started", "stop_requested", "requeued", "started", "finished"], story(run)
     assert run.events("stop_requested")[0]["source"] == "USR2"

@@ -216,7 +216,7 @@ def test_three_minutes_at_a_time(line: Line, reference: Run) -> None:
     site = line.folder / "early-notice.yaml"
     site.write_text((line.folder / "site.yaml").read_text().replace("signal_lead_s: 45", "signal_lead_s: 90"))
     run = line.submit("--time", "3m", "--site", site, name="short-lives")
-    line.finish(run, timeout_s=1200)
+    line.finish(run, timeout_s=1800)
     assert run.lives_started() >= 2
     assert_nothing_was_lost_or_done_twice(run, "requeued")
     assert_same(run, reference)

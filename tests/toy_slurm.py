@@ -16,7 +16,8 @@ from launcher.slurm.tools import find_tools
 from launcher.submit import last_job_id
 from tests.conftest import REPOSITORY, Cluster
 
-LONG = {"steps": 1_000_000, "step_s": 0.1}
+LONG = {"steps": 1_000_000, "step_s": 0.1, "more": 5}
+"""Goes on until it is stopped; the lives after that have little to do."""
 
 
 class SlurmToys:

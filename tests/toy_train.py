@@ -1,8 +1,8 @@
 """A rank that trains nothing: counts steps, writes metrics and checkpoints, obeys a stop. Tests put it in the place of ``launcher.train``.
 
-``toy.json`` in the run folder says how it behaves: ``steps``, ``step_s``, ``every`` (steps between checkpoints), ``shows`` (files that it
-reads into what it leaves of its environment) and ``faults``, a list of ``{"rank", "step", "what": exit code or "kill" or "hang",
-"lives": [...]}``; step 0 is before the handlers.
+``toy.json`` in the run folder says how it behaves: ``steps``, ``more`` (steps that a life after the first does instead), ``step_s``,
+``every`` (steps between checkpoints), ``shows`` (files that it reads into what it leaves of its environment) and ``faults``, a list of
+``{"rank", "step", "what": exit code or "kill" or "hang", "lives": [...]}``; step 0 is before the handlers.
 """
 
 import json
@@ -30,7 +30,8 @@ def main() -> None:
     (run.life(life) / f"environment-{rank}.json").write_text(json.dumps({**os.environ, **shown}))
     plan, done = run.plan(life), [manifest for manifest in checkpoint.committed(run) if manifest.life < life]
     step = done[-1].step if done else 0
-    while step < toy["steps"]:
+    end = step + toy["more"] if life and "more" in toy else toy["steps"]
+    while step < end:
         if asked:
             save(run, life, rank, step, "stop", plan.world_size)
             leave(run, life, rank, step, 85, "stopped")
