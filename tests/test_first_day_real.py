@@ -50,7 +50,6 @@ def test_a_held_requeue_goes_on_with_the_command_that_status_names(
     seen = status(cluster, run)
     assert (seen["state"], seen["next"]) == ("continuing", f"scontrol release {job}"), seen
     assert "held" in seen["waits"]
-    (run.root / "toy.json").write_text(json.dumps({"steps": 1, "step_s": 0.1}))
     cluster.run(*seen["next"].split())
     wait_until(lambda: run.events("finished"), run)
     assert status(cluster, run)["next"] is None
