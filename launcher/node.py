@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -158,11 +160,21 @@ class Node:
 
 def node_here(run: Run, plan: Plan, life: int) -> Node:
     """This machine, without a scheduler."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = Place(life, "127.0.0.1", port, sys.executable, f"{run.id}-{os.getpid()}", cache=cache_of_site(plan, os.environ))
+    place = Place(life, "127.0.0.1", free_port(), sys.executable, f"{run.id}-{os.getpid()}", cache=cache_of_site(plan, os.environ))
     return Node(run, plan, place, [socket.gethostname()], None)
+
+
+def free_port() -> int:
+    """For ranks on this machine: above those of ``slurm_port``, below those that systems hand out to anybody meanwhile.
+
+    Errors: ActionError when a hundred are taken.
+    """
+    for _ in range(100):
+        port = 30000 + secrets.randbelow(2768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise ActionError("no free port between 30000 and 32767", code="no-port", hint="what listens there? ss -ltn")
 
 
 def node_of_job(run: Run, plan: Plan, life: int) -> Node:

@@ -311,10 +311,9 @@ def _alone(run: Run) -> Iterator[None]:
     lock = run.root / ".submitting"
     end = time.monotonic() + OTHER_SUBMISSION_S
     while not _made(lock) and not (_moved_away(lock) and _made(lock)):
-        if time.monotonic() < end:
-            time.sleep(0.1)
-            continue
-        raise ActionError(f"{run.id} is being submitted by somebody else", code="submitting", hint=f"if that is not so, remove {lock}")
+        if time.monotonic() > end:
+            raise ActionError(f"{run.id} is being submitted by somebody else", code="submitting", hint=f"if that is not so, remove {lock}")
+        time.sleep(0.1)
     try:
         write_text(lock / "owner", f"{socket.gethostname()} {boot_id()} {os.getpid()} {process_start(os.getpid())}\n")
         yield

@@ -87,13 +87,13 @@ def test_a_slow_slurm_is_not_waited_for(slurm: FakeSlurm) -> None:
 
 
 def test_what_cannot_be_run_gives_no_forecast(tmp_path: Path) -> None:
-    found = forecast_start(SCRIPT, str(tmp_path / "sbatch"), environ={})
+    found = forecast_start(SCRIPT, str(tmp_path / "sbatch"), environ={}, timeout_s=30)
     assert found.reason == f"{tmp_path}/sbatch: No such file or directory" and found.refusal is None
 
 
 def test_no_room_for_the_script_gives_no_forecast(slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "missing"))
-    found = forecast_start(SCRIPT, slurm.tools["sbatch"], environ={})
+    found = forecast_start(SCRIPT, slurm.tools["sbatch"], environ={}, timeout_s=30)
     assert found.reason == "the batch script cannot be shown to sbatch: No such file or directory"
     assert slurm.calls("sbatch") == []
 

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from launcher.errors import UsageError
+from launcher.node import free_port
 from launcher.plan import Plan
 from launcher.ranks import rank_environment
 from launcher.train import network
 from launcher.train.network import gloo_interface, interface_for, matching, way_to
 from launcher.train.place import Place, prepare_environment
 from tests.conftest import REPOSITORY
-from tests.ports import free_port
 from tests.test_ranks import IN_JOB, RUN
 from tests.toy import toy_plan
 

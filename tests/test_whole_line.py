@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -141,24 +140,18 @@ def steps_by_life(run: Run) -> list[tuple[int, int]]:
     return [(row["life"], row["step"]) for row in read_json_lines(run.metrics_file) if row["kind"] == "train"]
 
 
-def ends_of_epochs(run: Run) -> list[int]:
-    plan = run.plan()
-    assert plan.staged is not None
-    return [math.ceil(epoch * plan.staged.train_samples / plan.batch.effective_batch) for epoch in range(1, 9)]
-
-
-def preempt(line: Line, run: Run, life: int, another: Callable[..., str], handed_over: HandedOver) -> int:
-    """Ten steps into this life; returns the step that it handed over at."""
+def preempt(line: Line, run: Run, life: int, another: Callable[..., str], handed_over: HandedOver) -> int | None:
+    """Ten steps into this life; returns the epoch that it ended with, if it was stopped on the last step of one."""
     line.wait(run, lambda: [one for one, _ in steps_by_life(run)].count(life) >= 10, "training")
     another()
     line.wait(run, lambda: len(run.events(handed_over)) > life, "the end of the life")
-    return int(run.events(handed_over)[life]["step"])
+    return committed(run)[-1].epoch
 
 
 def preempt_inside_an_epoch(line: Line, run: Run, another: Callable[..., str], handed_over: HandedOver) -> int:
     """How many preemptions it took: an epoch has about 22 steps, and where a stop falls on its last one, another follows."""
     for life in range(3):
-        if preempt(line, run, life, another, handed_over) not in ends_of_epochs(run):
+        if preempt(line, run, life, another, handed_over) is None:
             return life + 1
     raise AssertionError(f"stopped at the end of an epoch each time\n{story(run)}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from launcher.bench.cell import READY
 from launcher.errors import ActionError, MissingError
 from launcher.files import write_json
 from launcher.image.enter import bind, clean_environment, enter
+from launcher.node import free_port
 from launcher.plan import Container, Plan
 from launcher.ranks import scrubbed
 from launcher.shipped import PACKAGE
@@ -46,7 +46,7 @@ class Workshop:
 
     def run(self, module: Module, name: str, request: Mapping[str, Any], *, ranks: int = 1, gpus: int = 0) -> dict[str, Any]:
         """Run ``launcher.bench.<module>`` to its end and give its result: ``outcome`` and ``reason`` are always among it."""
-        port = _free_port()
+        port = free_port()
         return wait([self.start(module, name, request, rank=rank, ranks=ranks, gpus=gpus, port=port) for rank in range(ranks)])
 
     def start(
@@ -183,9 +183,3 @@ def planned_for(plan: Plan, request: Mapping[str, Any], place: Path) -> dict[str
     place.mkdir(parents=True, exist_ok=True)
     write_plan(plan, place / "plan.json")
     return {**request, "plan": str(place / "plan.json")}
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -11,7 +11,10 @@ from launcher.cli.line import Line, batch_script
 from launcher.errors import Finding
 from launcher.plan import Plan
 from launcher.run import Run
-from launcher.slurm.forecast import PATIENCE_S, Forecast, expected_start, forecast_start
+from launcher.slurm.forecast import Forecast, expected_start, forecast_start
+
+PATIENCE_S = 5.0
+"""A forecast is not worth a longer wait."""
 
 
 def forecast(line: Line, plan: Plan, findings: Sequence[Finding], *, before: Sequence[Forecast] = ()) -> Forecast | None:

@@ -13,9 +13,6 @@ from datetime import datetime
 from launcher.errors import Finding
 from launcher.slurm.tools import NO_ANSWER, NO_PROGRAM, call, clean_environment
 
-PATIENCE_S = 5.0
-"""A forecast is not worth a longer wait."""
-
 SLURM_REFUSES = "slurm-refuses"
 """Code of the warning that Slurm would not take the job as it is now."""
 
@@ -51,7 +48,7 @@ class Forecast:
         return {"start": start, "nodes": self.nodes, "partition": self.partition, "refusal": self.refusal, "reason": self.reason}
 
 
-def forecast_start(script: str, sbatch: str, *, environ: Mapping[str, str], timeout_s: float = PATIENCE_S) -> Forecast:
+def forecast_start(script: str, sbatch: str, *, environ: Mapping[str, str], timeout_s: float) -> Forecast:
     """Ask ``sbatch --test-only`` about a batch script that lies nowhere yet, in the environment that a submission would give it."""
     if timeout_s <= 0:
         return Forecast(reason="Slurm was asked long enough for the presets before this one")
@@ -75,7 +72,7 @@ def forecast_start(script: str, sbatch: str, *, environ: Mapping[str, str], time
     return Forecast(refusal=answer.reason, asked_s=asked_s)
 
 
-def expected_start(job_id: str, squeue: str | None, *, timeout_s: float = PATIENCE_S) -> datetime | None:
+def expected_start(job_id: str, squeue: str | None, *, timeout_s: float) -> datetime | None:
     """When a job that waits will start as ``squeue --start`` has it; None where Slurm does not say: it plans few jobs ahead."""
     if squeue is None or not job_id.isdigit():
         return None

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.ports import free_port
+from launcher.node import free_port
 
 SOURCE = Path(__file__).parents[2]
 PATIENCE_S = 240

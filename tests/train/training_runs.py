@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from launcher import metrics
+from launcher.node import free_port
 from launcher.plan import Batch, Container, Layout, Plan, Staged, rank_slices, write_plan
 from launcher.run import Run
 from launcher.train.live import Progress
@@ -33,7 +34,6 @@ from launcher.train.place import Place, prepare_environment
 from launcher.train.ranks import connect
 from launcher.train.stop import Stop
 from launcher.train.supported import require_supported
-from tests.ports import free_port
 
 SOURCE = Path(__file__).parents[2]
 VOCABULARY = 64
